@@ -1,0 +1,157 @@
+"""`Batch`: the images that an explainer explains and a metric scores, with all that is known of them."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from faithmap.context import Context
+from faithmap.models import Model
+from faithmap.records import digest
+from faithmap.resize import upsample
+
+Maps = Tensor
+
+
+@dataclass(frozen=True)
+class Scored:
+    """What a metric returns for a score that has more than a value for each image."""
+
+    #: (B,); NaN where the score is undefined for an image.
+    values: Tensor
+    #: (B, points), kept in the rows.
+    curves: Tensor | None = None
+    #: Why a value is NaN, by image; empty where it is not.
+    reasons: Sequence[str] = ()
+    #: Positions of the images that get a row; by default all.
+    only: Sequence[int] | None = None
+    #: Positions of the images on which the map holds nothing that this score could use; they are
+    #: scored as an empty map is.
+    empty: Sequence[int] = ()
+
+
+Values = Tensor | Scored
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Images with targets and truths, and the passes over them that explainers share.
+
+    `images` (B, 3, H, W) in [0, 1]; `targets` (B,) the classes explained; `ids` one a piece;
+    `labels` (B,), -1 where unknown; `masks` bool (B, H, W) and `boxes`, a list of (K, 4) tensors
+    `x0, y0, x1, y1`, belong to the label. `grid` is the (h, w) that maps are reduced to before
+    they are scored, None for native resolution.
+    """
+
+    images: Tensor
+    targets: Tensor
+    ids: tuple[str, ...]
+    context: Context
+    labels: Tensor | None = None
+    masks: Tensor | None = None
+    boxes: list[Tensor] | None = None
+    grid: tuple[int, int] | None = None
+    seed: int = 0
+    #: What the maps' seeds depend on beside the run's seed and the image: explainer and parameters.
+    seed_key: str = ""
+    #: Calls the explainer that made the maps, for metrics that need it; None for maps given as such.
+    explainer: Callable[[Model, Batch], Maps] | None = None
+    #: Results that metrics of one batch share (tie fields, clean curves).
+    cache: dict[str, Tensor] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    @property
+    def logits(self) -> Tensor:
+        """Logits (B, classes) of the clean images."""
+        return self.context.logits
+
+    @property
+    def predicted(self) -> Tensor:
+        """Predicted classes (B,) of the clean images."""
+        return self.logits.argmax(1)
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(H, W) of the images."""
+        return int(self.images.shape[2]), int(self.images.shape[3])
+
+    def activations(self, layer: str | None = None) -> Tensor:
+        """Features (B, C, h, w) of a layer, the model's target layer by default."""
+        return self.context.activations(layer)
+
+    def gradients(self, layer: str | None = None) -> Tensor:
+        """Gradients (B, C, h, w) of the target logits with respect to those features."""
+        return self.context.gradients(self.targets, layer)
+
+    def generator(self, i: int) -> torch.Generator:
+        """A generator on the CPU for image i, seeded by the run, the explainer and the image's id alone."""
+        return torch.Generator().manual_seed(seed_of(self.seed, self.seed_key, self.ids[i]))
+
+    def ties(self) -> Tensor:
+        """(B, H, W): the field that orders tied pixels, equal for all maps of an image.
+
+        Seeded by the run and the image alone; uniform on the run's grid, upsampled.
+        """
+        if "ties" not in self.cache:
+            height, width = self.grid or self.size
+            fields = [
+                torch.rand(
+                    height, width, generator=torch.Generator().manual_seed(seed_of(self.seed, "ties", name))
+                )
+                for name in self.ids
+            ]
+            self.cache["ties"] = upsample(torch.stack(fields), self.size).to(self.images.device)
+        return self.cache["ties"]
+
+    def region(self) -> Tensor | None:
+        """Bool (B, H, W): the object of the labelled class, from its mask, else the union of its boxes."""
+        if self.masks is not None:
+            return self.masks
+        if self.boxes is None:
+            return None
+        if "region" not in self.cache:
+            drawn = [box_mask(boxes, self.size) for boxes in self.boxes]
+            self.cache["region"] = torch.stack(drawn).to(self.images.device)
+        return self.cache["region"]
+
+    def select(self, positions: Sequence[int]) -> Batch:
+        """The batch of some of its images, with a context of its own (nothing computed yet)."""
+        index = torch.as_tensor(list(positions), device=self.images.device)
+        images = self.images[index]
+        return replace(
+            self,
+            images=images,
+            targets=self.targets[index],
+            ids=tuple(self.ids[i] for i in positions),
+            context=Context(self.context.model, images),
+            labels=None if self.labels is None else self.labels[index],
+            masks=None if self.masks is None else self.masks[index],
+            boxes=None if self.boxes is None else [self.boxes[i] for i in positions],
+            cache={},
+        )
+
+    def with_seed_key(self, key: str) -> Batch:
+        """The same batch, context and cache shared, for an explainer of another seed."""
+        return replace(self, seed_key=key)
+
+
+def seed_of(seed: int, *parts: str) -> int:
+    """A 63-bit seed from the run's seed and some words, equal on every machine."""
+    return int.from_bytes(hashlib.sha256(digest(seed, *parts, length=64).encode()).digest()[:8], "big") >> 1
+
+
+def box_mask(boxes: Tensor, size: tuple[int, int]) -> Tensor:
+    """Bool (H, W): pixels whose centre lies in any of the boxes (K, 4) `x0, y0, x1, y1`."""
+    height, width = size
+    ys = torch.arange(height).view(-1, 1) + 0.5
+    xs = torch.arange(width).view(1, -1) + 0.5
+    mask = torch.zeros(height, width, dtype=torch.bool)
+    for x0, y0, x1, y1 in boxes.tolist():
+        mask |= (xs >= x0) & (xs < x1) & (ys >= y0) & (ys < y1)
+    return mask

@@ -1,0 +1,285 @@
+"""What a run is asked to do: TOML files, presets and flags, all ending in one `Config`."""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_serializer, field_validator
+
+from faithmap.errors import RequestError, nearest
+from faithmap.records import Spec, canonical_json
+
+Part = Literal["eval", "dev", "all"]
+Precision = Literal["fp32", "bf16"]
+Target = Literal["predicted", "label", "second"]
+OwnNull = Literal["swapped", "rolled"]
+SECTIONS = ("run", "models", "datasets", "explainers", "metrics")
+LISTS = SECTIONS[1:]
+DEFAULT_PRESET = "quickstart"
+#: Parameters that name files or folders; a relative one is relative to the TOML file.
+PATH_KEYS = ("weights", "root", "index", "class_map")
+
+
+class RunSettings(BaseModel):
+    """The `[run]` section: settings that hold for every cell."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    seed: int = Field(default=0, ge=0)
+    #: Images of each dataset; None for all.
+    limit: int | None = Field(default=None, gt=0)
+    part: Part = "eval"
+    device: str = Field(default="auto", pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$")
+    precision: Precision = "fp32"
+    batch_size: Literal["auto"] | int = "auto"
+    target: Target = "predicted"
+    #: The grid that every map is reduced to: the model's own, none, or a side in cells.
+    map_grid: Literal["model", "native"] | int = "model"
+    #: Draws of each null for an image.
+    null_draws: int = Field(default=2, ge=1)
+    #: Each method's own maps, moved: of another image, or rolled on the torus.
+    own_nulls: tuple[OwnNull, ...] = ("swapped", "rolled")
+    #: Threads of a unit's arithmetic; None takes the machine's cores, once, and stores them.
+    threads: int | None = Field(default=None, gt=0)
+
+    @field_validator("batch_size")
+    @classmethod
+    def _positive_batch(cls, value: str | int) -> str | int:
+        if isinstance(value, int) and value < 1:
+            raise ValueError('must be "auto" or a number of at least 1')
+        return value
+
+    @field_validator("map_grid")
+    @classmethod
+    def _usable_grid(cls, value: str | int) -> str | int:
+        if isinstance(value, int) and value < 2:
+            raise ValueError('must be "model", "native" or a side of at least 2 cells')
+        return value
+
+
+class Config(BaseModel):
+    """A request: settings, and the models, datasets, explainers and metrics of the grid.
+
+    An empty `metrics` means every metric that the dataset can serve.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, arbitrary_types_allowed=True)
+
+    name: str = DEFAULT_PRESET
+    run: RunSettings = RunSettings()
+    models: tuple[Spec, ...] = ()
+    datasets: tuple[Spec, ...] = ()
+    explainers: tuple[Spec, ...] = ()
+    metrics: tuple[Spec, ...] = ()
+
+    @field_serializer("models", "datasets", "explainers", "metrics")
+    def _plain(self, specs: tuple[Spec, ...]) -> list[dict[str, Any]]:
+        return [
+            {"name": spec.name, **({"label": spec.label} if spec.label else {}), **spec.params}
+            for spec in specs
+        ]
+
+    def with_run(self, **settings: Any) -> Config:
+        """The same request under other settings; those that are None are left as they are.
+
+        Raises:
+            RequestError: a setting does not exist or has a wrong value.
+        """
+        given = {key: value for key, value in settings.items() if value is not None}
+        return self._replace(run=_settings({**self.run.model_dump(), **given}, "flags"))
+
+    def with_lists(self, **lists: Iterable[str | Spec] | None) -> Config:
+        """The same request with other models, datasets, explainers or metrics; None leaves a list as it is."""
+        given = {
+            key: unique(tuple(parse_spec(item) for item in items), key)
+            for key, items in lists.items()
+            if items
+        }
+        return self._replace(**given)
+
+    def _replace(self, **changes: Any) -> Config:
+        return self.model_copy(update=changes)
+
+
+def load_config(source: str | Path | Mapping[str, Any] | Config | None = None) -> Config:
+    """Make a `Config` from a preset's name, a TOML file, a dictionary, or nothing (quickstart).
+
+    Raises:
+        RequestError: there is no such preset or file, or its content is wrong.
+    """
+    if isinstance(source, Config):
+        return source
+    if isinstance(source, Mapping):
+        return from_mapping(source, name="custom", where="the configuration")
+    if source is None:
+        return preset(DEFAULT_PRESET)
+    if str(source).endswith(".toml"):
+        return from_file(Path(source))
+    return preset(str(source))
+
+
+def preset_names() -> list[str]:
+    """The shipped presets."""
+    folder = files("faithmap") / "presets"
+    return sorted(
+        entry.name.removesuffix(".toml") for entry in folder.iterdir() if entry.name.endswith(".toml")
+    )
+
+
+def preset(name: str) -> Config:
+    """A shipped preset by name."""
+    if name not in preset_names():
+        raise RequestError(
+            f"unknown preset '{name}'; {nearest(name, preset_names())} (or give the path of a .toml file)"
+        )
+    text = (files("faithmap") / "presets" / f"{name}.toml").read_text(encoding="utf-8")
+    return from_mapping(tomllib.loads(text), name=name, where=f"preset '{name}'")
+
+
+def from_file(path: Path) -> Config:
+    """A request from a TOML file; relative paths in it are relative to it."""
+    if not path.is_file():
+        raise RequestError(f"no such file: {path}; give a preset's name or the path of a .toml file")
+    try:
+        content = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise RequestError(f"{path} is not valid TOML: {error}") from error
+    return from_mapping(content, name=path.stem, where=str(path), base=path.resolve().parent)
+
+
+def from_mapping(content: Mapping[str, Any], name: str, where: str, base: Path | None = None) -> Config:
+    """A request from a dictionary of the form of a TOML file; sections left out are quickstart's."""
+    for key in content:
+        if key not in SECTIONS:
+            raise RequestError(f"{where}: unknown key '{key}'; {nearest(key, SECTIONS)}")
+    run = content.get("run", {})
+    if not isinstance(run, Mapping):
+        raise RequestError(f"{where}: [run] must be a table of settings")
+    default = None if name == DEFAULT_PRESET and base is None else preset(DEFAULT_PRESET)
+    defaults = default.run.model_dump() if default else {}
+    lists = {}
+    for key in LISTS:
+        if key in content:
+            lists[key] = _specs(content[key], key, where, base)
+        elif default is not None and key != "metrics":
+            lists[key] = getattr(default, key)
+    return Config(name=name, run=_settings({**defaults, **run}, where), **lists)
+
+
+def _settings(values: Mapping[str, Any], where: str) -> RunSettings:
+    for key in values:
+        if key not in RunSettings.model_fields:
+            raise RequestError(
+                f"{where}, [run]: unknown key '{key}'; {nearest(key, RunSettings.model_fields)}"
+            )
+    try:
+        return RunSettings(**values)
+    except ValidationError as error:
+        fault = error.errors()[0]
+        key = str(fault["loc"][0])
+        raise RequestError(
+            f"{where}: {key} = {values.get(key)!r}: {_expectation(key, fault['msg'])}"
+        ) from error
+
+
+def _expectation(key: str, message: str) -> str:
+    choices = {"part": Part, "precision": Precision, "target": Target}
+    if key in choices:
+        return "expected one of " + ", ".join(get_args(choices[key]))
+    if key == "device":
+        return "expected auto, cpu, mps, cuda or cuda:N"
+    if key == "limit":
+        return "expected a number of images of at least 1 (leave it out for all)"
+    return message.removeprefix("Value error, ").replace("Input should be", "expected")
+
+
+def _specs(entries: Any, key: str, where: str, base: Path | None) -> tuple[Spec, ...]:
+    if not isinstance(entries, list) or not entries:
+        raise RequestError(f"{where}: '{key}' must be tables [[{key}]], each with a name")
+    specs = []
+    for entry in entries:
+        if isinstance(entry, str):
+            entry = {"name": entry}
+        if not isinstance(entry, Mapping) or not isinstance(entry.get("name"), str):
+            raise RequestError(f'{where}: a [[{key}]] table has no name; write name = "..." in it')
+        rest = {k: v for k, v in entry.items() if k not in ("name", "label")}
+        specs.append(Spec(entry["name"], rest, str(entry.get("label", "")), base))
+    return unique(tuple(specs), key)
+
+
+def unique(specs: tuple[Spec, ...], key: str) -> tuple[Spec, ...]:
+    """Give every spec a label of its own: its parameters where one name occurs twice.
+
+    Raises:
+        RequestError: the very same thing is asked for twice.
+    """
+    names = [spec.name for spec in specs]
+    labelled = []
+    for spec in specs:
+        label = spec.label
+        if not label and names.count(spec.name) > 1 and spec.params:
+            label = f"{spec.name}[{','.join(f'{k}={_short(v)}' for k, v in spec.params.items())}]"
+        labelled.append(replace(spec, label=label))
+    titles = [spec.title for spec in labelled]
+    for title in titles:
+        if titles.count(title) > 1:
+            raise RequestError(
+                f"'{title}' is listed twice among the {key}; drop one, or tell them apart with label ="
+            )
+    return tuple(labelled)
+
+
+def _short(value: Any) -> str:
+    return value if isinstance(value, str) else canonical_json(value)
+
+
+def located(spec: Spec) -> tuple[str, dict[str, Any]]:
+    """A spec's name and parameters with relative paths made relative to the file they came from."""
+    if spec.base is None:
+        return spec.name, dict(spec.params)
+    base = spec.base
+    params = {
+        key: str(base / Path(value).expanduser()) if key in PATH_KEYS and isinstance(value, str) else value
+        for key, value in spec.params.items()
+    }
+    file, _, function = spec.name.rpartition(":")
+    name = f"{base / Path(file).expanduser()}:{function}" if file.endswith(".py") else spec.name
+    return name, params
+
+
+def split_list(text: str) -> list[str]:
+    """Split a comma list, leaving commas within brackets alone.
+
+    >>> split_list("rise[masks=10,cells=7], gradcam")
+    ['rise[masks=10,cells=7]', 'gradcam']
+    """
+    return [part.strip() for part in re.split(r",(?![^\[]*\])", text) if part.strip()]
+
+
+def parse_spec(item: str | Spec) -> Spec:
+    """A spec from `name` or `name[key=value,...]`, values being TOML or plain words."""
+    if isinstance(item, Spec):
+        return item
+    match = re.fullmatch(r"([^\[\]]+)(?:\[(.*)\])?", item)
+    if match is None:
+        raise RequestError(f"'{item}' is no name; write name or name[key=value,...]")
+    params: dict[str, Any] = {}
+    for pair in split_list(match[2] or ""):
+        key, equals, value = pair.partition("=")
+        if not equals:
+            raise RequestError(f"'{item}': '{pair}' is no parameter; write key=value")
+        params[key.strip()] = _value(value.strip())
+    return Spec(match[1].strip(), params)
+
+
+def _value(text: str) -> Any:
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text

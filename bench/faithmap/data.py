@@ -1,0 +1,194 @@
+"""Datasets as a run sees them: what was asked for, in an order that any limit is a prefix of."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from faithmap.batch import Batch
+from faithmap.config import PATH_KEYS, located
+from faithmap.context import Context
+from faithmap.errors import DataError, RequestError
+from faithmap.models import Model
+from faithmap.records import Sample, Spec, digest
+from faithmap.registry import Plugin, get
+from faithmap.transforms import Prepared, prepare
+
+DEV_SHARE = 0.25
+
+
+@dataclass(frozen=True)
+class LoadedDataset:
+    """The samples of a dataset with its identity."""
+
+    label: str
+    plugin: Plugin
+    params: dict[str, Any]
+    samples: tuple[Sample, ...]
+    #: What the samples really come with.
+    gives: frozenset[str]
+    revision: str
+    class_names: tuple[str, ...] | None = None
+
+    @property
+    def key(self) -> str:
+        """Content key of the data: plugin, version, revision and parameters; where they lie is no part of it."""
+        params = {key: value for key, value in self.params.items() if key not in PATH_KEYS}
+        return digest(self.plugin.name, self.plugin.facts.version, self.revision, params)
+
+
+def load_dataset(spec: Spec) -> LoadedDataset:
+    """Call a dataset plugin and check what it gives.
+
+    Raises:
+        RequestError: the plugin refuses its parameters, gives no images, or repeats an id.
+    """
+    plugin = get("dataset", spec.name)
+    params = plugin.check(located(spec)[1])
+    given = plugin.make(params)()
+    samples = tuple(given)
+    if not samples:
+        raise RequestError(
+            f"dataset '{spec.title}' gives no images; check its parameters: {dict(spec.params)}"
+        )
+    ids = [sample.id for sample in samples]
+    if len(set(ids)) < len(ids):
+        double = next(name for name in ids if ids.count(name) > 1)
+        raise RequestError(f"dataset '{spec.title}' gives the id '{double}' twice; ids must be unique")
+    gives = {"label"} if any(sample.label is not None for sample in samples) else set()
+    gives |= {"box"} if any(sample.boxes is not None for sample in samples) else set()
+    gives |= {"mask"} if any(sample.mask is not None for sample in samples) else set()
+    names = getattr(given, "class_names", None)
+    return LoadedDataset(
+        label=spec.title,
+        plugin=plugin,
+        params=params,
+        samples=samples,
+        gives=frozenset(gives),
+        revision=str(getattr(given, "revision", "") or plugin.facts.revision),
+        class_names=tuple(names) if names else None,
+    )
+
+
+def part_of(image_id: str) -> str:
+    """ "dev" (a quarter, for choosing defaults) or "eval" (what is published), by hash of the id."""
+    return "dev" if _share(image_id, "part") < DEV_SHARE else "eval"
+
+
+def choose(samples: Sequence[Sample], part: str, limit: int | None) -> tuple[Sample, ...]:
+    """The samples of a part in the run's order, of which a limit takes the first.
+
+    The order goes round the classes, one image of each a round, by hash of the ids: every limit
+    is as balanced as the data allow, and a larger limit only adds images.
+
+    Raises:
+        RequestError: the part holds no image.
+    """
+    wanted = [sample for sample in samples if part == "all" or part_of(sample.id) == part]
+    if not wanted:
+        raise RequestError(f"part '{part}' holds none of the {len(samples)} images; use part = \"all\"")
+    wanted.sort(key=lambda sample: (_share(sample.id, "order"), sample.id))
+    rounds: dict[int | None, int] = {}
+    keyed = []
+    for place, sample in enumerate(wanted):
+        turn = rounds.get(sample.label, 0)
+        rounds[sample.label] = turn + 1
+        keyed.append((turn, place, sample))
+    ordered = [sample for _, _, sample in sorted(keyed, key=lambda item: item[:2])]
+    return tuple(ordered[:limit])
+
+
+def _share(image_id: str, purpose: str) -> float:
+    return int.from_bytes(hashlib.sha256(f"{purpose}:{image_id}".encode()).digest()[:8], "big") / 2**64
+
+
+def check_labels(dataset: LoadedDataset, samples: Sequence[Sample], model: Model) -> None:
+    """Refuse labels that the model has no logit for.
+
+    Raises:
+        RequestError: names the image, its label and the number of classes.
+    """
+    for sample in samples:
+        if sample.label is not None and not 0 <= sample.label < model.num_classes:
+            raise RequestError(
+                f"dataset '{dataset.label}': image '{sample.id}' has label {sample.label}, out of range for model "
+                f"'{model.name}', which has {model.num_classes} classes (0 to {model.num_classes - 1}); "
+                "give a class map, or a model of these classes"
+            )
+
+
+@dataclass(frozen=True)
+class Shard:
+    """Images that run through explainers and metrics together."""
+
+    samples: tuple[Sample, ...]
+    first: bool
+
+    @property
+    def ids(self) -> tuple[str, ...]:
+        """The images' ids."""
+        return tuple(sample.id for sample in self.samples)
+
+
+def shards(samples: Sequence[Sample], size: int) -> list[Shard]:
+    """Cut the run's order into shards of a fixed size."""
+    return [Shard(tuple(samples[start : start + size]), start == 0) for start in range(0, len(samples), size)]
+
+
+def read_shard(shard: Shard, model: Model) -> tuple[list[tuple[Sample, Prepared]], dict[str, str]]:
+    """Load the images of a shard for a model; those that cannot be read are returned with the reason."""
+    read, unreadable = [], {}
+    for sample in shard.samples:
+        try:
+            read.append((sample, prepare(sample, model.transform)))
+        except DataError as error:
+            unreadable[sample.id] = str(error)
+    return read, unreadable
+
+
+def make_batch(
+    read: Sequence[tuple[Sample, Prepared]],
+    model: Model,
+    target: str,
+    grid: tuple[int, int] | None,
+    seed: int,
+) -> Batch:
+    """Put loaded images on the model's device as one batch, and decide which classes are explained."""
+    device = model.device
+    images = torch.stack([prepared.image for _, prepared in read]).to(device)
+    context = Context(model, images)
+    labels = None
+    if any(sample.label is not None for sample, _ in read):
+        labels = torch.tensor([-1 if s.label is None else s.label for s, _ in read], device=device)
+    masks = None
+    if any(prepared.mask is not None for _, prepared in read):
+        blank = torch.zeros(images.shape[2:], dtype=torch.bool)
+        masks = torch.stack([blank if p.mask is None else p.mask for _, p in read]).to(device)
+    boxes = None
+    if any(prepared.boxes is not None for _, prepared in read):
+        boxes = [torch.zeros(0, 4) if p.boxes is None else p.boxes for _, p in read]
+    return Batch(
+        images=images,
+        targets=pick_targets(target, context.logits, labels),
+        ids=tuple(sample.id for sample, _ in read),
+        context=context,
+        labels=labels,
+        masks=masks,
+        boxes=boxes,
+        grid=grid,
+        seed=seed,
+    )
+
+
+def pick_targets(policy: str, logits: torch.Tensor, labels: torch.Tensor | None) -> torch.Tensor:
+    """The classes (B,) explained: the prediction, the label, or the second most likely class."""
+    if policy == "label":
+        if labels is None or bool((labels < 0).any()):
+            raise RequestError('target = "label" needs a label for every image; use target = "predicted"')
+        return labels
+    order = logits.topk(min(2, logits.shape[1]), dim=1).indices
+    return order[:, -1 if policy == "second" else 0]

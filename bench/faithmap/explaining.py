@@ -1,0 +1,184 @@
+"""Run one explainer on one batch: evaluation mode, seeds, and the checks of what comes back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from faithmap.batch import Batch, Maps, seed_of
+from faithmap.errors import PluginError, RequestError
+from faithmap.models import Model
+from faithmap.records import Status, canonical_json
+from faithmap.registry import Plugin
+
+
+@dataclass(frozen=True)
+class MapSet:
+    """The maps of a batch at the explainer's own resolution, and what became of each."""
+
+    #: (B, h, w) float32; zeros where there is no map.
+    maps: Tensor
+    status: list[Status]
+    reasons: list[str]
+
+    @property
+    def usable(self) -> list[int]:
+        """Positions of the maps that can be scored."""
+        return [i for i, status in enumerate(self.status) if status == "ok"]
+
+
+def undefined(plugin: Plugin, model: Model, gives: frozenset[str] | set[str]) -> str:
+    """Why an explainer is not defined for a model and what a dataset gives; empty where it is."""
+    facts = plugin.facts
+    if facts.families and model.family not in facts.families:
+        return f"defined for {', '.join(sorted(facts.families))}, not for {model.family}"
+    if facts.defined_for is not None:
+        reason = facts.defined_for(model)
+        if reason:
+            return reason
+    return lacking(facts.needs, gives)
+
+
+def lacking(needs: frozenset[str], gives: frozenset[str] | set[str]) -> str:
+    """What a plugin needs of a dataset that the dataset does not give; empty if nothing."""
+    for need in sorted(needs - {"explainer"}):
+        if need == "region" and not {"box", "mask"} & set(gives):
+            return "needs boxes or masks, which the dataset does not give"
+        if need != "region" and need not in gives:
+            return f"needs each image's {need}, which the dataset does not give"
+    return ""
+
+
+def bind(plugin: Plugin, params: Mapping[str, Any]) -> Callable[[Model, Batch], Maps]:
+    """Make `call(model, batch) -> maps` of an explainer, with its seeds and its random state."""
+    inner = plugin.make(params)
+    key = canonical_json([plugin.name, params])
+
+    def call(model: Model, batch: Batch) -> Maps:
+        seeded = batch.with_seed_key(key)
+        if not plugin.facts.per_image:
+            return as_maps(plugin.name, inner(model, seeded), seeded)
+        maps = []
+        for i in range(len(seeded)):
+            single = seeded.select([i])
+            with forked_random_state(seed_of(batch.seed, key, batch.ids[i]), model.device):
+                maps.append(as_maps(plugin.name, inner(model, single), single))
+        return torch.cat(maps)
+
+    return call
+
+
+@contextmanager
+def forked_random_state(seed: int, device: torch.device) -> Any:
+    """Seed torch's and numpy's global random states within a block and restore them behind it."""
+    numpy_state = np.random.get_state()
+    devices = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices):
+        torch.manual_seed(seed)
+        np.random.seed(seed % 2**32)
+        try:
+            yield
+        finally:
+            np.random.set_state(numpy_state)
+
+
+def as_maps(name: str, maps: Any, batch: Batch) -> Tensor:
+    """Check the shape of what an explainer returned and bring it to float32 on the batch's device."""
+    if isinstance(maps, np.ndarray):
+        maps = torch.from_numpy(maps)
+    expected = f"expected a tensor ({len(batch)}, H, W) with H, W > 1"
+    if not isinstance(maps, Tensor):
+        raise PluginError(f"explainer '{name}' returned a {type(maps).__name__}; {expected}")
+    if maps.ndim != 3 or len(maps) != len(batch) or min(maps.shape[1:]) < 2:
+        raise PluginError(
+            f"explainer '{name}' returned {tuple(maps.shape)} for images {tuple(batch.images.shape)}; {expected}"
+        )
+    return maps.detach().to(batch.images.device, torch.float32)
+
+
+def explain_batch(call: Callable[[Model, Batch], Maps], model: Model, batch: Batch) -> MapSet:
+    """Run a bound explainer; an exception costs only the images that raise it.
+
+    The model is in evaluation mode and every hook left on it is removed. A batch that raises is
+    tried again image by image.
+    """
+    try:
+        with guarded(model):
+            return judge(call(model, batch))
+    except RequestError:
+        raise
+    except Exception as error:
+        reason = describe(error)
+        if len(batch) == 1:
+            return MapSet(torch.zeros(1, 2, 2, device=batch.images.device), ["failed"], [reason])
+    return _merge([explain_batch(call, model, batch.select([i])) for i in range(len(batch))])
+
+
+def describe(error: BaseException) -> str:
+    """One line that names an exception, for a row's reason."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0][:200]}" if lines else type(error).__name__
+
+
+def judge(maps: Tensor) -> MapSet:
+    """Tell usable maps from constant ones and from those with NaN or infinity."""
+    status: list[Status] = []
+    reasons: list[str] = []
+    finite = torch.isfinite(maps).flatten(1).all(1).tolist()
+    flat = maps.nan_to_num(0.0, 0.0, 0.0).flatten(1)
+    constant = (flat.amax(1) == flat.amin(1)).tolist()
+    for is_finite, is_constant in zip(finite, constant, strict=True):
+        if not is_finite:
+            status.append("failed")
+            reasons.append("the map holds NaN or infinity")
+        elif is_constant:
+            status.append("empty")
+            reasons.append("the map is constant")
+        else:
+            status.append("ok")
+            reasons.append("")
+    return MapSet(maps.nan_to_num(0.0, 0.0, 0.0), status, reasons)
+
+
+def _merge(parts: list[MapSet]) -> MapSet:
+    """Join maps of single images; those that failed have no resolution of their own."""
+    shapes = [part.maps.shape[1:] for part in parts if part.status[0] != "failed"]
+    shape = shapes[0] if shapes else parts[0].maps.shape[1:]
+    maps = [part.maps if part.maps.shape[1:] == shape else part.maps.new_zeros(1, *shape) for part in parts]
+    return MapSet(torch.cat(maps), [p.status[0] for p in parts], [p.reasons[0] for p in parts])
+
+
+@contextmanager
+def guarded(model: Model) -> Any:
+    """Keep a model as it was: evaluation flags, `requires_grad`, gradients, and its hooks."""
+    flags = [(module, module.training) for module in model.modules() if module.training]
+    model.eval()
+    hooks = {module: _hook_keys(module) for module in model.modules()}
+    parameters = [(parameter, parameter.requires_grad, parameter.grad) for parameter in model.parameters()]
+    try:
+        yield
+    finally:
+        for module, before in hooks.items():
+            for kind, keys in before.items():
+                held = getattr(module, kind)
+                for key in [key for key in held if key not in keys]:
+                    del held[key]
+        for parameter, required, gradient in parameters:
+            parameter.requires_grad_(required)
+            parameter.grad = gradient
+        model.eval()
+        for module, training in flags:
+            module.training = training
+
+
+HOOK_KINDS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+def _hook_keys(module: torch.nn.Module) -> dict[str, set[int]]:
+    return {kind: set(getattr(module, kind)) for kind in HOOK_KINDS}

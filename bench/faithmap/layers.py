@@ -1,0 +1,194 @@
+"""Where a network keeps its last spatial features, found without the user naming a layer.
+
+CNNs: the module executed last whose output is a map (B, C, h, w) of more than one cell. Vision
+transformers: the first norm of the last block, since after that block the patch tokens carry no
+gradient when the class token is pooled; tokens are folded back to a grid by dropping the prefix.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from faithmap.errors import RequestError
+
+#: Turns a layer's output into features (B, C, h, w).
+Reshape = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Anatomy:
+    """What is known of a network's insides."""
+
+    family: str
+    #: Dotted name of the target layer.
+    layer: str
+    #: (h, w) of the target layer's features at the model's input size.
+    grid: tuple[int, int]
+    reshape: Reshape | None
+    classes: int
+
+
+def fold_tokens(grid: tuple[int, int]) -> Reshape:
+    """Make a function that drops prefix tokens (class, distillation, registers) and folds the rest.
+
+    The number of prefix tokens is what is left over by the grid; at another input size the grid
+    is taken as the largest square that the tokens fill.
+    """
+
+    def reshape(tokens: Tensor) -> Tensor:
+        height, width = grid
+        count = tokens.shape[1]
+        if count < height * width or count - height * width > 16:
+            height = width = math.isqrt(count)
+        patches = tokens[:, count - height * width :]
+        return patches.transpose(1, 2).reshape(len(tokens), tokens.shape[2], height, width)
+
+    return reshape
+
+
+def as_features(output: object, reshape: Reshape | None, layer: str) -> Tensor:
+    """Bring a layer's output to (B, C, h, w), or say why it cannot be."""
+    if isinstance(output, tuple | list):
+        output = output[0]
+    if not isinstance(output, Tensor):
+        raise RequestError(
+            f"layer '{layer}' returns a {type(output).__name__}; name a layer that returns a tensor"
+        )
+    features = reshape(output) if reshape is not None else output
+    if features.ndim != 4:
+        raise RequestError(
+            f"layer '{layer}' returns a tensor of shape {tuple(output.shape)}; expected (B, C, h, w): "
+            "name another target_layer, or give reshape= a function that folds tokens to a grid"
+        )
+    return features
+
+
+def channels_last_features(output: Tensor) -> Tensor:
+    """Bring (B, h, w, C), which Swin-like models use, to (B, C, h, w)."""
+    return output.permute(0, 3, 1, 2)
+
+
+def find_anatomy(
+    module: nn.Module,
+    example: Tensor,
+    layer: str | None = None,
+    reshape: Reshape | None = None,
+    family: str | None = None,
+) -> Anatomy:
+    """Find family, target layer, feature grid and number of classes by one forward pass.
+
+    Args:
+        module: the network, in evaluation mode, taking normalised images.
+        example: one image (1, 3, H, W), as the network takes it.
+        layer: a dotted module name that takes the place of the one found.
+        reshape: turns that layer's output into (B, C, h, w).
+        family: "cnn" or "vit" where the user knows better.
+
+    Raises:
+        RequestError: the layer does not exist, or no spatial features could be found.
+    """
+    tokens = _token_layout(module)
+    found_family = family or ("vit" if tokens is not None or _is_windowed(module) else "cnn")
+    if layer is None and tokens is not None:
+        layer = tokens[0]
+    if reshape is None and tokens is not None and layer is not None:
+        reshape = fold_tokens(tokens[1])
+    outputs, logits = _trace(module, example)
+    if logits.ndim != 2:
+        raise RequestError(
+            f"the model returns a tensor of shape {tuple(logits.shape)}; expected logits of shape (B, classes)"
+        )
+    if layer is None:
+        layer, reshape = _last_map(outputs, reshape)
+    if layer not in dict(module.named_modules()):
+        from faithmap.errors import nearest
+
+        names = [name for name, _ in module.named_modules() if name]
+        raise RequestError(f"the model has no layer '{layer}'; {nearest(layer, names)}")
+    if layer not in outputs:
+        raise RequestError(
+            f"layer '{layer}' takes no part in the model's forward pass; name another target_layer"
+        )
+    features = as_features(outputs[layer], reshape, layer)
+    grid = (int(features.shape[2]), int(features.shape[3]))
+    return Anatomy(found_family, layer, grid, reshape, int(logits.shape[1]))
+
+
+def _trace(module: nn.Module, example: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+    """Run once and keep every submodule's tensor output, in the order in which they finished."""
+    outputs: dict[str, Tensor] = {}
+
+    def keep(name: str) -> Callable[..., None]:
+        def hook(_module: nn.Module, _inputs: object, output: object) -> None:
+            if isinstance(output, tuple | list) and output:
+                output = output[0]
+            if isinstance(output, Tensor):
+                outputs.pop(name, None)
+                outputs[name] = output
+
+        return hook
+
+    handles = [sub.register_forward_hook(keep(name)) for name, sub in module.named_modules() if name]
+    try:
+        with torch.no_grad():
+            logits = module(example)
+    finally:
+        for handle in handles:
+            handle.remove()
+    if not isinstance(logits, Tensor):
+        raise RequestError(
+            f"the model returns a {type(logits).__name__}; expected a tensor of logits (B, classes): "
+            "wrap it in a module that returns the logits alone"
+        )
+    return outputs, logits
+
+
+def _last_map(outputs: dict[str, Tensor], reshape: Reshape | None) -> tuple[str, Reshape | None]:
+    """The last output that is a map of more than one cell, channels first or (Swin) last."""
+    for name, output in reversed(outputs.items()):
+        if output.ndim != 4:
+            continue
+        first, last = output.shape[2] * output.shape[3], output.shape[1] * output.shape[2]
+        channels_last = output.shape[1] == output.shape[2] and output.shape[3] > output.shape[1]
+        if channels_last and reshape is None and output.shape[2] != output.shape[3] and last > 1:
+            return name, channels_last_features
+        if first > 1:
+            return name, reshape
+    raise RequestError(
+        "no layer of the model returns a feature map (B, C, h, w) of more than one cell; "
+        "name one with target_layer= and, for tokens, reshape="
+    )
+
+
+def _is_windowed(module: nn.Module) -> bool:
+    return any("Swin" in type(sub).__name__ for sub in module.modules())
+
+
+def _token_layout(module: nn.Module) -> tuple[str, tuple[int, int]] | None:
+    """Target layer and token grid of the plain vision transformers that are known by their shape."""
+    blocks = getattr(module, "blocks", None)
+    embed = getattr(module, "patch_embed", None)
+    grid = getattr(embed, "grid_size", None)
+    if (
+        isinstance(blocks, nn.Sequential | nn.ModuleList)
+        and grid is not None
+        and hasattr(blocks[-1], "norm1")
+    ):
+        return f"blocks.{len(blocks) - 1}.norm1", (int(grid[0]), int(grid[1]))  # timm
+    encoder = getattr(module, "encoder", None)
+    if hasattr(module, "conv_proj") and hasattr(encoder, "layers"):
+        side = int(module.image_size) // int(module.patch_size)  # type: ignore[arg-type]
+        last = [name for name, _ in encoder.layers.named_children()][-1]  # type: ignore[union-attr]
+        return f"encoder.layers.{last}.ln_1", (side, side)  # torchvision
+    config = getattr(module, "config", None)
+    if config is not None and hasattr(config, "patch_size") and hasattr(config, "image_size"):
+        names = [name for name, _ in module.named_modules() if name.endswith("layernorm_before")]
+        if names:
+            side = int(config.image_size) // int(config.patch_size)
+            return names[-1], (side, side)  # Hugging Face
+    return None

@@ -1,0 +1,263 @@
+"""Where models come from: timm, torchvision, Hugging Face, the embedded zoo, a user's own file."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from faithmap.errors import RequestError, nearest
+from faithmap.models import Model
+
+COMMON_KEYS = (
+    "weights", "pretrained", "mean", "std", "input_size", "crop_pct", "interpolation", "crop_mode",
+    "layer", "family", "kwargs",
+)  # fmt: skip
+INTERPOLATIONS = ("bicubic", "bilinear", "nearest", "lanczos")
+
+
+def build(name: str, params: Mapping[str, Any]) -> Model:
+    """Build the model that a name stands for; see `faithmap.models.load_model`."""
+    file, _, function = name.rpartition(":")
+    if file.endswith(".py"):
+        return _from_file(Path(file), function, params)
+    source, _, rest = name.partition("/")
+    if source not in SOURCES or not rest:
+        raise RequestError(
+            f"unknown model '{name}'; expected timm/NAME, torchvision/NAME, hf/ID, shapes/NAME or file.py:function"
+        )
+    for key in params:
+        if key not in COMMON_KEYS:
+            raise RequestError(f"model '{name}' has no parameter '{key}'; {nearest(key, COMMON_KEYS)}")
+    interpolation = params.get("interpolation")
+    if interpolation is not None and interpolation not in INTERPOLATIONS:
+        raise RequestError(
+            f"model '{name}', interpolation: got {interpolation!r}; {nearest(str(interpolation), INTERPOLATIONS)}"
+        )
+    if params.get("weights") and params.get("pretrained"):
+        raise RequestError(f"model '{name}': give weights = PATH or pretrained = true, not both")
+    module, config = SOURCES[source](rest, params)
+    if params.get("weights"):
+        load_weights(module, Path(str(params["weights"])), name)
+    config |= {key: params[key] for key in CONFIG_KEYS if params.get(key) is not None}
+    return Model(module, target_layer=params.get("layer"), family=params.get("family"), name=name, **config)
+
+
+CONFIG_KEYS = ("mean", "std", "input_size", "crop_pct", "interpolation", "crop_mode")
+
+
+def load_weights(module: nn.Module, path: Path, name: str) -> None:
+    """Load a safetensors file or a state dict into a network, exactly.
+
+    Raises:
+        RequestError: the file is missing or unreadable, or its tensors do not fit the network.
+    """
+    path = path.expanduser()
+    if not path.is_file():
+        raise RequestError(
+            f"model '{name}': no weights file at {path}; give the path of a safetensors file or state dict"
+        )
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            state = load_file(path)
+        else:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise RequestError(
+            f"model '{name}': {path} could not be read as weights ({type(error).__name__}); expected a "
+            "safetensors file or a state dict saved by torch.save"
+        ) from error
+    for wrapper in ("state_dict", "model"):
+        if isinstance(state, Mapping) and isinstance(state.get(wrapper), Mapping):
+            state = state[wrapper]
+    if not isinstance(state, Mapping) or not all(isinstance(value, torch.Tensor) for value in state.values()):
+        raise RequestError(f"model '{name}': {path} holds no state dict; expected names with tensors")
+    fault = _misfit(module.state_dict(), state)
+    if fault:
+        raise RequestError(f"model '{name}': the weights in {path} do not fit: {fault}")
+    module.load_state_dict(
+        {key: value.float() if value.is_floating_point() else value for key, value in state.items()}
+    )
+
+
+def _misfit(expected: Mapping[str, torch.Tensor], given: Mapping[str, torch.Tensor]) -> str:
+    """Say in a few words how two state dicts differ; empty where they fit."""
+    missing = sorted(expected.keys() - given.keys())
+    surplus = sorted(given.keys() - expected.keys())
+    wrong = [key for key in expected.keys() & given.keys() if expected[key].shape != given[key].shape]
+    if wrong:
+        key = min(wrong)
+        return f"'{key}' has shape {tuple(given[key].shape)}, expected {tuple(expected[key].shape)}" + (
+            f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""
+        )
+    parts = []
+    if missing:
+        parts.append(f"{len(missing)} tensors are missing, such as '{missing[0]}'")
+    if surplus:
+        parts.append(f"{len(surplus)} are unknown, such as '{surplus[0]}'")
+    return ", ".join(parts)
+
+
+def _wants_download(params: Mapping[str, Any]) -> bool:
+    return bool(params.get("pretrained", not params.get("weights")))
+
+
+def _unavailable(name: str, error: Exception) -> RequestError:
+    first = str(error).strip().splitlines()[0][:160] if str(error).strip() else type(error).__name__
+    return RequestError(
+        f"the published weights of '{name}' cannot be had ({type(error).__name__}: {first}); give weights = PATH, "
+        "or pretrained = false for random weights"
+    )
+
+
+def _timm(name: str, params: Mapping[str, Any]) -> tuple[nn.Module, dict[str, Any]]:
+    import timm
+    from timm.data import resolve_model_data_config
+
+    if not timm.is_model(name.split(".")[0]):
+        raise RequestError(f"timm has no model '{name}'; {nearest(name, timm.list_models())}")
+    kwargs = dict(params.get("kwargs") or {})
+    download = _wants_download(params)
+    try:
+        module = timm.create_model(name, pretrained=download, **kwargs)
+    except (TypeError, AssertionError) as error:
+        raise RequestError(f"timm/{name} does not take kwargs {kwargs}: {error}") from error
+    except Exception as error:
+        if not download:
+            raise
+        raise _unavailable(f"timm/{name}", error) from error
+    config = resolve_model_data_config(module)
+    return module, {
+        "mean": config["mean"], "std": config["std"], "input_size": config["input_size"][1:],
+        "crop_pct": config["crop_pct"], "interpolation": config["interpolation"],
+        "crop_mode": "squash" if config.get("crop_mode") == "squash" else "center",
+    }  # fmt: skip
+
+
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+def _torchvision(name: str, params: Mapping[str, Any]) -> tuple[nn.Module, dict[str, Any]]:
+    import torchvision
+
+    known = torchvision.models.list_models(module=torchvision.models)
+    if name not in known:
+        raise RequestError(f"torchvision has no classifier '{name}'; {nearest(name, known)}")
+    weights = torchvision.models.get_model_weights(name).DEFAULT
+    config: dict[str, Any] = {
+        "mean": IMAGENET_MEAN, "std": IMAGENET_STD, "input_size": 224, "crop_pct": 0.875, "interpolation": "bilinear",
+    }  # fmt: skip
+    preset = weights.transforms()
+    config |= {
+        "mean": tuple(preset.mean), "std": tuple(preset.std), "input_size": preset.crop_size[0],
+        "crop_pct": preset.crop_size[0] / preset.resize_size[0], "interpolation": preset.interpolation.value,
+    }  # fmt: skip
+    kwargs = dict(params.get("kwargs") or {})
+    download = _wants_download(params)
+    try:
+        module = torchvision.models.get_model(name, weights=weights if download else None, **kwargs)
+    except (TypeError, AssertionError) as error:
+        raise RequestError(f"torchvision/{name} does not take kwargs {kwargs}: {error}") from error
+    except Exception as error:
+        if not download:
+            raise
+        raise _unavailable(f"torchvision/{name}", error) from error
+    return module, config
+
+
+class _LogitsOnly(nn.Module):
+    """A Hugging Face classifier that returns its logits instead of an output record."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+        self.config = network.config
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        logits: torch.Tensor = self.network(pixel_values=images).logits
+        return logits
+
+
+def _huggingface(name: str, params: Mapping[str, Any]) -> tuple[nn.Module, dict[str, Any]]:
+    try:
+        import transformers
+    except ImportError as error:
+        raise RequestError(
+            f"hf/{name} needs the package transformers; run: pip install transformers"
+        ) from error
+    try:
+        if _wants_download(params):
+            network = transformers.AutoModelForImageClassification.from_pretrained(name)
+        else:
+            network = transformers.AutoModelForImageClassification.from_config(
+                transformers.AutoConfig.from_pretrained(name)
+            )
+        processor = transformers.AutoImageProcessor.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise _unavailable(f"hf/{name}", error) from error
+    size = processor.size
+    side = size.get("height") or size.get("shortest_edge")
+    crop = getattr(processor, "crop_size", None)
+    crops = bool(getattr(processor, "do_center_crop", False)) and crop
+    return _LogitsOnly(network), {
+        "mean": processor.image_mean, "std": processor.image_std,
+        "input_size": crop["height"] if crops else side, "crop_pct": crop["height"] / side if crops else 1.0,
+        "crop_mode": "center" if crops else "squash",
+    }  # fmt: skip
+
+
+def _shapes(name: str, params: Mapping[str, Any]) -> tuple[nn.Module, dict[str, Any]]:
+    from faithmap import zoo
+
+    if name not in zoo.NAMES:
+        raise RequestError(f"there is no embedded model 'shapes/{name}'; {nearest(name, zoo.NAMES)}")
+    trained = bool(params.get("pretrained", not params.get("weights")))
+    if params.get("kwargs"):
+        raise RequestError(f"shapes/{name} takes no kwargs: its architecture is fixed by its weights")
+    module = zoo.load(name) if trained else zoo.build(name)
+    card = zoo.card(name)
+    return module, {
+        "mean": card["mean"], "std": card["std"], "input_size": card["input_size"], "class_names": card["classes"],
+    }  # fmt: skip
+
+
+def _from_file(file: Path, function: str, params: Mapping[str, Any]) -> Model:
+    """Call `function` of a user's file; the parameters are its keyword arguments."""
+    from faithmap.registry import import_file
+
+    target = f"{file}:{function}"
+    file = file.expanduser().resolve()
+    module = import_file(file)
+    build_function: Callable[..., Any] | None = getattr(module, function, None)
+    if not callable(build_function):
+        names = [key for key, value in vars(module).items() if inspect.isfunction(value)]
+        raise RequestError(f"{file} has no function '{function}'; {nearest(function, names)}")
+    try:
+        inspect.signature(build_function).bind(**params)
+    except TypeError as error:
+        raise RequestError(f"{target} does not take the parameters given: {error}") from error
+    try:
+        model = build_function(**params)
+    except RequestError:
+        raise
+    except Exception as error:
+        raise RequestError(f"{target} raised {type(error).__name__}: {error}") from error
+    if not isinstance(model, Model):
+        raise RequestError(
+            f"{target} returned a {type(model).__name__}; expected faithmap.Model(module, mean=..., std=..., input_size=...)"
+        )
+    return model
+
+
+SOURCES: dict[str, Callable[[str, Mapping[str, Any]], tuple[nn.Module, dict[str, Any]]]] = {
+    "timm": _timm,
+    "torchvision": _torchvision,
+    "hf": _huggingface,
+    "shapes": _shapes,
+}

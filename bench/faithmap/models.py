@@ -1,0 +1,262 @@
+"""`Model`: any image classifier behind one face, and `load_model`: from a name to a `Model`.
+
+A `Model` takes RGB images in [0, 1] and gives logits; normalisation lives inside it, so that
+explainers and perturbations work in pixel space. It knows the family of the network, its target
+layer, its feature grid and how its evaluation transform crops an image.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from faithmap.errors import RequestError
+from faithmap.layers import Anatomy, Reshape, as_features, find_anatomy
+
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+@dataclass
+class Meter:
+    """Counts the images that pass through a model, forwards and backwards."""
+
+    forwards: int = 0
+    backwards: int = 0
+
+
+@dataclass(frozen=True)
+class Transform:
+    """A model's evaluation transform: resize the shorter side to `size / crop_pct`, crop the centre."""
+
+    size: tuple[int, int]
+    crop_pct: float = 1.0
+    interpolation: str = "bicubic"
+    #: "center": shorter side resized, then cropped; "squash": both sides resized, no crop.
+    mode: str = "center"
+
+
+class Model(nn.Module):
+    """An image classifier: float RGB images (B, 3, H, W) in [0, 1] to logits (B, classes).
+
+    Args:
+        module: the network; it takes normalised images and returns logits. It is used as it is:
+            put into evaluation mode here, its weights are never changed.
+        mean: per-channel mean that the network's normalisation subtracts.
+        std: per-channel standard deviation that it divides by.
+        input_size: side in pixels, or (height, width), of the images it was trained for.
+        target_layer: dotted name of the layer that CAMs look at, or the module itself; found by
+            itself for CNNs and the usual vision transformers.
+        reshape: turns that layer's output into (B, C, h, w); found likewise.
+        name: the name on boards.
+        family: "cnn" or "vit", where the guess is wrong.
+        crop_pct, interpolation, crop_mode: the evaluation transform, as timm names them.
+        class_names: the classes in words, by index.
+
+    Raises:
+        RequestError: a size or a normalisation makes no sense, or (when first needed) no target
+            layer can be found.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        *,
+        mean: float | Sequence[float],
+        std: float | Sequence[float],
+        input_size: int | Sequence[int],
+        target_layer: str | nn.Module | None = None,
+        reshape: Reshape | None = None,
+        name: str = "",
+        family: str | None = None,
+        crop_pct: float = 1.0,
+        interpolation: str = "bicubic",
+        crop_mode: str = "center",
+        class_names: Sequence[str] | None = None,
+    ) -> None:
+        super().__init__()
+        self.module = module.eval()
+        self.name = name or type(module).__name__
+        size = (input_size, input_size) if isinstance(input_size, int) else tuple(input_size)
+        if len(size) != 2 or min(size) < 1:
+            raise RequestError(f"input_size is {input_size!r}; expected a side in pixels or (height, width)")
+        self.transform = Transform((int(size[0]), int(size[1])), crop_pct, interpolation, crop_mode)
+        self.register_buffer("mean", _per_channel("mean", mean), persistent=False)
+        self.register_buffer("std", _per_channel("std", std), persistent=False)
+        if bool((self.std <= 0).any()):
+            raise RequestError(f"std is {std!r}; expected positive numbers")
+        self.class_names = list(class_names) if class_names is not None else None
+        self.meter = Meter()
+        self.precision = "fp32"
+        self._layer = self._name_of(target_layer)
+        self._reshape = reshape
+        self._family = family
+        self._anatomy: Anatomy | None = None
+        self._digest = ""
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits (B, classes), float32, of images (B, 3, H, W) in [0, 1]."""
+        self.meter.forwards += len(images)
+        normalised = (images - self.mean) / self.std
+        if self.precision == "fp32":
+            logits = self.module(normalised)
+        else:
+            with torch.autocast(images.device.type, PRECISIONS[self.precision]):
+                logits = self.module(normalised)
+        if not isinstance(logits, Tensor):
+            raise RequestError(
+                f"model '{self.name}' returns a {type(logits).__name__}; expected a tensor of logits (B, classes)"
+            )
+        if logits.requires_grad:
+            logits.register_hook(self._count_backward)
+        return logits.float()
+
+    def _count_backward(self, gradient: Tensor) -> None:
+        # An image whose logits get no gradient passes through backward for nothing: not counted.
+        self.meter.backwards += int((gradient.flatten(1) != 0).any(1).sum())
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model lives."""
+        return self.mean.device  # type: ignore[no-any-return,union-attr]
+
+    @property
+    def input_size(self) -> tuple[int, int]:
+        """(height, width) of the images that the evaluation transform gives."""
+        return self.transform.size
+
+    @property
+    def anatomy(self) -> Anatomy:
+        """Family, target layer, feature grid and class count, found at the first call."""
+        if self._anatomy is None:
+            example = torch.zeros(1, 3, *self.input_size, device=self.device)
+            try:
+                self._anatomy = find_anatomy(
+                    self.module, (example - self.mean) / self.std, self._layer, self._reshape, self._family
+                )
+            except RequestError as error:
+                raise RequestError(f"model '{self.name}': {error}") from error
+        return self._anatomy
+
+    @property
+    def family(self) -> str:
+        """ "cnn" or "vit"."""
+        return self._family or self.anatomy.family
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """(h, w) of the target layer's features, or tokens, at the model's input size."""
+        return self.anatomy.grid
+
+    @property
+    def num_classes(self) -> int:
+        """The number of logits."""
+        return self.anatomy.classes
+
+    @property
+    def target_layer(self) -> str:
+        """Dotted name of the layer that CAMs look at."""
+        return self.anatomy.layer
+
+    def layer(self, name: str | None = None) -> nn.Module:
+        """The module of that dotted name; the target layer by default.
+
+        Raises:
+            RequestError: there is no such layer; the nearest are suggested.
+        """
+        wanted = name or self.target_layer
+        try:
+            return self.module.get_submodule(wanted)
+        except AttributeError:
+            from faithmap.errors import nearest
+
+            names = [known for known, _ in self.module.named_modules() if known]
+            raise RequestError(
+                f"model '{self.name}' has no layer '{wanted}'; {nearest(wanted, names)}"
+            ) from None
+
+    def features(self, output: object, name: str | None = None) -> Tensor:
+        """Bring the output of a layer to features (B, C, h, w)."""
+        reshape = self.anatomy.reshape
+        if name is not None and name != self.target_layer and isinstance(output, Tensor) and output.ndim == 4:
+            reshape = None
+        return as_features(output, reshape, name or self.target_layer)
+
+    @contextmanager
+    def counting(self) -> Iterator[Meter]:
+        """Count the images that pass through within the block, apart from all else."""
+        outer, self.meter = self.meter, Meter()
+        try:
+            yield self.meter
+        finally:
+            outer.forwards += self.meter.forwards
+            outer.backwards += self.meter.backwards
+            self.meter = outer
+
+    def digest(self) -> str:
+        """SHA-256 over every weight and buffer, the normalisation and the transform, shortened."""
+        if not self._digest:
+            state = hashlib.sha256()
+            for key, value in sorted(self.module.state_dict().items()):
+                state.update(f"{key}{tuple(value.shape)}{value.dtype}".encode())
+                state.update(
+                    value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+                )
+            # Weights alone do not tell two architectures apart (a padding, a stride).
+            state.update(repr(self.module).encode())
+            state.update(repr((self.mean.flatten().tolist(), self.std.flatten().tolist())).encode())  # type: ignore[operator,union-attr]
+            state.update(repr((self.transform, self._layer)).encode())
+            self._digest = state.hexdigest()[:16]
+        return self._digest
+
+    def _name_of(self, layer: str | nn.Module | None) -> str | None:
+        if layer is None or isinstance(layer, str):
+            return layer
+        for name, module in self.module.named_modules():
+            if module is layer:
+                return name
+        raise RequestError(
+            "target_layer is a module that does not belong to the model; name one of its own layers"
+        )
+
+
+def _per_channel(what: str, values: float | Sequence[float]) -> Tensor:
+    tensor = torch.as_tensor(values, dtype=torch.float32).flatten()
+    if tensor.numel() not in (1, 3):
+        raise RequestError(f"{what} is {values!r}; expected one number or one for each of R, G, B")
+    return tensor.expand(3).clone().view(1, 3, 1, 1)
+
+
+def load_model(name: str | Model | nn.Module, **params: Any) -> Model:
+    """Make a `Model` from a name.
+
+    Names are `timm/NAME`, `torchvision/NAME`, `hf/ID`, `shapes/NAME` (embedded) and
+    `file.py:function`, where the function takes no arguments, or the keywords given here, and
+    returns a `Model`. A `Model` is handed back as it is.
+
+    Args:
+        name: one of the above.
+        **params: `weights` (a safetensors file or a state dict), `pretrained` (fetch the
+            published weights; the default where no `weights` are given), `mean`, `std`, `input_size`,
+            `crop_pct`, `interpolation`, `crop_mode`, `layer`, and `kwargs` for the architecture.
+
+    Raises:
+        RequestError: the name, a key or a file is wrong, or weights do not fit.
+    """
+    if isinstance(name, Model):
+        if params:
+            raise RequestError("a Model takes no further parameters; give them when it is made")
+        return name
+    if isinstance(name, nn.Module):
+        raise RequestError(
+            "a bare torch module does not say how images are normalised; "
+            "wrap it: faithmap.Model(module, mean=..., std=..., input_size=...)"
+        )
+    from faithmap.model_sources import build
+
+    return build(name, params)

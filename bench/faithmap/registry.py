@@ -1,0 +1,360 @@
+"""The register of plugins: the three decorators, discovery, and the check of parameters.
+
+A plugin is one decorated function or class in one file. It is found in the rooms of this package
+(`explainers/`, `metrics/`, `datasets/`), in the entry-point groups `faithmap.explainers`,
+`faithmap.metrics` and `faithmap.datasets` of installed packages, and in files named by `--plugin`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import importlib.util
+import inspect
+import sys
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from importlib.metadata import entry_points
+from pathlib import Path
+from types import ModuleType
+from typing import Any, TypeVar
+
+import faithmap
+from faithmap.errors import FaithmapError, PluginError, RequestError, nearest
+from faithmap.records import Direction, Facts, Kind, Role
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+KINDS: tuple[Kind, ...] = ("explainer", "metric", "dataset")
+
+
+@dataclass(frozen=True)
+class Plugin:
+    """One registered plugin: its facts, its code, and the file that holds it."""
+
+    facts: Facts
+    target: Callable[..., Any]
+    file: Path | None
+    #: "built in", the name of the distribution, or the path given to `--plugin`.
+    origin: str
+
+    @property
+    def name(self) -> str:
+        """The registry name."""
+        return self.facts.name
+
+    @property
+    def parameters(self) -> dict[str, Any]:
+        """The keyword-only parameters with their defaults, in the order of the signature."""
+        signature = inspect.signature(self.target)
+        return {
+            name: parameter.default
+            for name, parameter in signature.parameters.items()
+            if parameter.kind is inspect.Parameter.KEYWORD_ONLY
+        }
+
+    @property
+    def summary(self) -> str:
+        """The first sentence of the docstring."""
+        text = inspect.getdoc(self.target) or ""
+        return " ".join(text.split("\n\n")[0].split())
+
+    def file_sha256(self) -> str:
+        """SHA-256 of the plugin's file: a change of the code changes the keys of what it computed."""
+        if self.file is None or not self.file.is_file():
+            return ""
+        return hashlib.sha256(self.file.read_bytes()).hexdigest()
+
+    def check(self, given: Mapping[str, Any]) -> dict[str, Any]:
+        """Return all parameters with `given` over the defaults.
+
+        Raises:
+            RequestError: a name is unknown, a value has another type than the default, or a
+                parameter without a default was left out.
+        """
+        known = self.parameters
+        kind = self.facts.kind
+        for key, value in given.items():
+            if key not in known:
+                raise RequestError(
+                    f"{kind} '{self.name}' has no parameter '{key}'; {nearest(key, known)}"
+                    if known
+                    else f"{kind} '{self.name}' takes no parameters, but '{key}' was given"
+                )
+            _check_type(f"{kind} '{self.name}', parameter '{key}'", value, known[key])
+        resolved = {**known, **given}
+        missing = [key for key, value in resolved.items() if value is inspect.Parameter.empty]
+        if missing:
+            raise RequestError(f"{kind} '{self.name}' needs the parameter '{missing[0]}'; give it a value")
+        return resolved
+
+    def make(self, params: Mapping[str, Any]) -> Callable[..., Any]:
+        """Bind checked parameters: what is returned takes the positional arguments alone."""
+        if inspect.isclass(self.target):
+            instance: Callable[..., Any] = self.target(**params)
+            return instance
+
+        def bound(*args: Any) -> Any:
+            return self.target(*args, **params)
+
+        return bound
+
+
+def _check_type(where: str, value: Any, default: Any) -> None:
+    """Refuse a value that the default's type excludes; a default of None admits anything."""
+    if default is None or default is inspect.Parameter.empty or value is None:
+        return
+    kinds: dict[type, tuple[type, ...]] = {
+        bool: (bool,),
+        int: (int,),
+        float: (int, float),
+        str: (str, Path),
+        tuple: (tuple, list),
+        list: (tuple, list),
+    }
+    allowed = kinds.get(type(default))
+    fits = allowed is None or isinstance(value, allowed)
+    if fits and isinstance(value, bool) and type(default) in (int, float):
+        fits = False
+    if not fits:
+        raise RequestError(f"{where}: got {value!r}, expected {type(default).__name__} such as {default!r}")
+
+
+_plugins: dict[tuple[Kind, str], Plugin] = {}
+_discovered: set[Kind] = set()
+_broken: dict[Kind, dict[str, str]] = {kind: {} for kind in KINDS}
+_origin = "built in"
+
+
+def _register(facts: Facts, target: Callable[..., Any]) -> None:
+    for parameter in inspect.signature(target).parameters.values():
+        if parameter.kind is inspect.Parameter.VAR_KEYWORD:
+            raise PluginError(
+                f"{facts.kind} '{facts.name}' takes **{parameter.name}; a plugin names its parameters, "
+                "keyword-only and with defaults, so that they can be checked and stored"
+            )
+    source = inspect.getsourcefile(target)
+    plugin = Plugin(facts, target, Path(source).resolve() if source else None, _origin)
+    known = _plugins.get((facts.kind, facts.name))
+    if known is not None and (known.file, known.target.__qualname__) != (plugin.file, target.__qualname__):
+        raise PluginError(
+            f"two {facts.kind}s are named '{facts.name}': {known.file} and {plugin.file}; "
+            "give one of them another name (name=...)"
+        )
+    _plugins[facts.kind, facts.name] = plugin
+
+
+def _decorator(kind: Kind, name: str | None, facts: dict[str, Any]) -> Callable[[Function], Function]:
+    def decorate(target: Function) -> Function:
+        title = name or target.__name__.replace("_", "-")
+        _register(Facts(kind=kind, name=title, **facts), target)
+        return target
+
+    return decorate
+
+
+def explainer(
+    *,
+    version: int,
+    source: str,
+    name: str | None = None,
+    families: Iterable[str] = (),
+    defined_for: Callable[[Any], str | None] | None = None,
+    class_specific: bool = True,
+    forwards: float | Callable[..., float] | None = None,
+    backwards: float | Callable[..., float] | None = None,
+    check_params: Mapping[str, Any] | None = None,
+    per_image: bool = False,
+    role: Role = "method",
+    needs: Iterable[str] = (),
+) -> Callable[[Function], Function]:
+    """Register an explainer: `f(model, batch, *, params) -> maps (B, H, W)` at any resolution.
+
+    Args:
+        version: raise it when the maps change; stored rows of other versions are not reused.
+        source: paper and equation that the method comes from.
+        name: registry name; by default the function's name with hyphens.
+        families: families of models ("cnn", "vit") it is defined for; empty means all.
+        defined_for: called with the model before anything is computed; returns the reason why
+            the method is not defined for it, or None.
+        class_specific: False where the map does not depend on the class explained.
+        forwards: images passed through the model per explained image, beyond none; a number or a
+            function of (model, params).
+        backwards: likewise for backward passes.
+        check_params: small settings with which the conformance kit runs the plugin.
+        per_image: the plugin draws from torch's or numpy's global random state; it is then called
+            one image at a time under a seeded, forked state.
+        role: "method" is ranked; "control" and "null" are shown apart.
+        needs: what an image must come with: "mask", "box", "region" (either) or "label".
+    """
+    facts = {
+        "version": version, "source": source, "families": frozenset(families), "defined_for": defined_for,
+        "class_specific": class_specific, "forwards": forwards, "backwards": backwards,
+        "check_params": dict(check_params or {}), "per_image": per_image, "role": role,
+        "needs": frozenset(needs),
+    }  # fmt: skip
+    return _decorator("explainer", name, facts)
+
+
+def metric(
+    *,
+    version: int,
+    source: str,
+    scores: Mapping[str, Direction],
+    name: str | None = None,
+    needs: Iterable[str] = (),
+    fallback: Mapping[str, str] | None = None,
+    map_free: Iterable[str] = (),
+    calibrate: bool = False,
+    sample: int | None = None,
+) -> Callable[[Function], Function]:
+    """Register a metric: `f(model, batch, maps, *, params) -> {score: values (B,)}`.
+
+    Args:
+        version: raise it when the formula changes; only rows of this version are then shown.
+        source: paper and section of the definition.
+        scores: each score's name and direction ("higher", "lower" or "none").
+        name: registry name; by default the function's name with hyphens.
+        needs: what an image must come with: "mask", "box", "region" (either), "label", or
+            "explainer" (the metric calls the explainer itself).
+        fallback: score -> the score of the same image that stands in for an empty or failed map;
+            all others take the mean of the reference null's draws.
+        map_free: scores that describe the image alone, stored whatever became of the map.
+        calibrate: score each method's swapped and rolled maps too.
+        sample: scored on this many images of a run instead of on all.
+    """
+    facts = {
+        "version": version, "source": source, "scores": dict(scores), "needs": frozenset(needs),
+        "fallback": dict(fallback or {}), "map_free": frozenset(map_free), "calibrate": calibrate,
+        "sample": sample,
+    }  # fmt: skip
+    return _decorator("metric", name, facts)
+
+
+def dataset(
+    *,
+    version: int,
+    source: str,
+    license: str,
+    revision: str = "",
+    citation: str = "",
+    gives: Iterable[str] = ("label",),
+    name: str | None = None,
+) -> Callable[[Function], Function]:
+    """Register a dataset: `f(*, params) -> iterable of Sample`.
+
+    Args:
+        version: raise it when images, labels or masks change.
+        source: who made it; a paper where there is one.
+        license: the terms under which the images may be used.
+        revision: the pinned revision of the data, or of what renders them.
+        citation: how to cite it.
+        gives: what its samples come with: "label", "box", "mask".
+        name: registry name; by default the function's name with hyphens.
+    """
+    facts = {
+        "version": version, "source": source, "license": license, "revision": revision,
+        "citation": citation, "gives": frozenset(gives),
+    }  # fmt: skip
+    return _decorator("dataset", name, facts)
+
+
+def get(kind: Kind, name: str) -> Plugin:
+    """Find a plugin by its registry name.
+
+    Raises:
+        RequestError: no plugin has that name; the nearest names are suggested, and a plugin file
+            that could not be imported is named with its error.
+    """
+    _discover(kind)
+    plugin = _plugins.get((kind, name))
+    if plugin is not None:
+        return plugin
+    broken = _broken[kind].get(name.replace("-", "_"))
+    if broken:
+        raise RequestError(f"{kind} '{name}' could not be loaded: {broken}")
+    raise RequestError(f"unknown {kind} '{name}'; {nearest(name, (p.name for p in plugins(kind)))}")
+
+
+def plugins(kind: Kind) -> list[Plugin]:
+    """All plugins of a kind, by name."""
+    _discover(kind)
+    return [plugin for (k, _), plugin in sorted(_plugins.items()) if k == kind]
+
+
+def broken(kind: Kind) -> dict[str, str]:
+    """Plugin files and entry points that failed to load, with the reason."""
+    _discover(kind)
+    return dict(_broken[kind])
+
+
+def load_file(path: str | Path) -> list[Plugin]:
+    """Load the plugins of one file (`--plugin FILE`) and return them.
+
+    Raises:
+        RequestError: the file is missing, fails to import, or registers nothing.
+    """
+    file = Path(path).expanduser().resolve()
+    before = dict(_plugins)
+    import_file(file, origin=str(file))
+    found = [
+        plugin for key, plugin in _plugins.items() if plugin.file == file or before.get(key) is not plugin
+    ]
+    if not found:
+        raise RequestError(
+            f"{path} registers no plugin; decorate a function with @faithmap.explainer, @faithmap.metric "
+            "or @faithmap.dataset"
+        )
+    return found
+
+
+def import_file(file: Path, origin: str = "") -> ModuleType:
+    """Import a Python file by path, once; its plugins are registered under `origin`."""
+    if not file.is_file():
+        raise RequestError(f"no such file: {file}; give the path of a Python file")
+    name = f"faithmap_file_{hashlib.sha256(str(file).encode()).hexdigest()[:12]}"
+    if name in sys.modules:
+        return sys.modules[name]
+    spec = importlib.util.spec_from_file_location(name, file)
+    if spec is None or spec.loader is None:
+        raise RequestError(f"{file} is not a Python file; its name must end in .py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    global _origin
+    previous, _origin = _origin, origin or _origin
+    try:
+        spec.loader.exec_module(module)
+    except FaithmapError:
+        del sys.modules[name]
+        raise
+    except Exception as error:
+        del sys.modules[name]
+        raise RequestError(f"{file} could not be imported: {type(error).__name__}: {error}") from error
+    finally:
+        _origin = previous
+    return module
+
+
+def room_files(kind: Kind) -> list[Path]:
+    """The plugin files in the room of a kind, sorted."""
+    folders = [Path(entry) / f"{kind}s" for entry in faithmap.__path__]
+    return sorted(file for folder in folders for file in folder.glob("*.py") if not file.name.startswith("_"))
+
+
+def _discover(kind: Kind) -> None:
+    if kind in _discovered:
+        return
+    _discovered.add(kind)
+    for file in room_files(kind):
+        try:
+            importlib.import_module(f"faithmap.{kind}s.{file.stem}")
+        except Exception as error:
+            _broken[kind][file.stem] = f"{type(error).__name__}: {error}"
+    global _origin
+    for entry in entry_points(group=f"faithmap.{kind}s"):
+        previous, _origin = _origin, entry.dist.name if entry.dist else entry.name
+        try:
+            entry.load()
+        except Exception as error:
+            _broken[kind][entry.name] = f"entry point {entry.value}: {type(error).__name__}: {error}"
+        finally:
+            _origin = previous
