@@ -1,0 +1,94 @@
+"""Where units run. `local` is this process: shard after shard, each unit written as soon as it is done."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import Protocol
+
+from faithmap.errors import RequestError
+from faithmap.records import Row
+from faithmap.store import RunStore
+from faithmap.units import Group, UnitResult, run_shard
+
+ENGINES = ("local",)
+
+
+class Observer(Protocol):
+    """Is told how a run goes on."""
+
+    def begin(self, units: int, done: int) -> None:
+        """The run has so many units, of which some were stored by an earlier run."""
+
+    def group(self, model: str, dataset: str) -> None:
+        """Units of this model and dataset follow."""
+
+    def unit(self, cell: str, images: int, seconds: float) -> None:
+        """A unit is written."""
+
+    def end(self) -> None:
+        """The run is over, or was interrupted."""
+
+
+class Silent:
+    """An observer that says nothing."""
+
+    def begin(self, units: int, done: int) -> None:
+        """Say nothing."""
+
+    def group(self, model: str, dataset: str) -> None:
+        """Say nothing."""
+
+    def unit(self, cell: str, images: int, seconds: float) -> None:
+        """Say nothing."""
+
+    def end(self) -> None:
+        """Say nothing."""
+
+
+def check_engine(name: str) -> None:
+    """Refuse an engine that this version does not have.
+
+    Raises:
+        RequestError: names what there is.
+    """
+    if name not in ENGINES:
+        raise RequestError(f"unknown engine '{name}'; this version has: {', '.join(ENGINES)}")
+
+
+def run_local(groups: Sequence[Group], store: RunStore, observer: Observer, save_maps: bool = False) -> None:
+    """Run every pending unit in this process and write its rows."""
+    for group in groups:
+        group.load_done(store)
+    counts = [sum(len(group.pending(shard)) for shard in group.shards) for group in groups]
+    total = sum(len(group.tasks) * len(group.shards) for group in groups)
+    observer.begin(total, total - sum(counts))
+    try:
+        for group in groups:
+            observer.group(group.model.name, group.dataset)
+            for shard in group.shards:
+                pending = group.pending(shard)
+                started = time.perf_counter()
+                for result in run_shard(group, shard, pending) if pending else ():
+                    if save_maps and result.maps is not None:
+                        store.write_maps(result.cell.key, result.shard, result.ids, result.maps.maps)
+                    _write(store, group, result)
+                    if result.cell.explainer:
+                        seconds = time.perf_counter() - started
+                        observer.unit(_title(result), result.images, seconds)
+                    started = time.perf_counter()
+    finally:
+        observer.end()
+
+
+def _title(result: UnitResult) -> str:
+    cell = result.cell
+    extra = [str(part) for part in (cell.null, cell.draw) if part is not None]
+    return f"{cell.label} ({' '.join(extra)})" if extra else cell.label
+
+
+def _write(store: RunStore, group: Group, result: UnitResult) -> None:
+    stored = group.done.get(result.cell.key, set())
+    rows: list[Row] = [row for row in result.rows if (row.image_id, row.spec) not in stored]
+    if rows:
+        store.write(result.cell.key, result.shard, rows)

@@ -1,0 +1,64 @@
+"""`--dry-run`: what a run would compute, from two images run for real and thrown away."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, replace
+
+from faithmap.config import Config
+from faithmap.data import check_labels
+from faithmap.plan import make_grid
+from faithmap.runner import apply_settings, make_groups, resolve_settings
+from faithmap.units import Group, run_shard
+
+SAMPLE = 2
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Units, images forwarded and seconds of a whole run, and a line for each model and dataset."""
+
+    lines: list[str]
+    units: int
+    forwards: float
+    seconds: float
+
+
+def estimate(config: Config) -> Estimate:
+    """Measure two images of every cell and extrapolate; nothing is written.
+
+    The cost metric, which times a fixed number of images however many are scored, is left out.
+    """
+    grid = make_grid(config)
+    grid = replace(grid, metrics=tuple(use for use in grid.metrics if use.facts.sample is None))
+    for model in grid.models:
+        for dataset, samples in grid.datasets:
+            check_labels(dataset, samples, model)
+    settings = resolve_settings(grid, None)
+    apply_settings(grid, settings)
+    total = Estimate([], 0, 0.0, 0.0)
+    for group in make_groups(grid, settings):
+        images = sum(len(shard.samples) for shard in group.shards)
+        units = len(group.tasks) * len(group.shards)
+        forwards, seconds = _measure(group)
+        line = (
+            f"{group.model.name} x {group.dataset}: {images} images, {len(group.tasks)} cells, {units} units, "
+            f"{forwards:,.0f} forwards and {1000 * seconds:,.0f} ms an image"
+        )
+        total = Estimate(
+            [*total.lines, line],
+            total.units + units,
+            total.forwards + images * forwards,
+            total.seconds + images * seconds,
+        )
+    return total
+
+
+def _measure(group: Group) -> tuple[float, float]:
+    shard = replace(group.shards[0], samples=group.shards[0].samples[:SAMPLE])
+    with group.model.counting() as meter:
+        started = time.perf_counter()
+        for _ in run_shard(group, shard, group.tasks):
+            pass
+        seconds = time.perf_counter() - started
+    return meter.forwards / len(shard.samples), seconds / len(shard.samples)

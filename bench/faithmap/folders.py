@@ -1,0 +1,103 @@
+"""Read run folders back: rows and manifest of the current request, without loading any model."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pyarrow as pa
+
+from faithmap.errors import FaithmapError, RequestError
+from faithmap.store import KEY_COLUMNS, MANIFEST, SCHEMA, RunStore, write_table
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+IMAGES = "images.json"
+#: The one folder of rows in a published board.
+PUBLISHED = "published"
+
+
+def read_run(path: str | Path) -> tuple[pd.DataFrame, dict[str, Any]]:
+    """Rows and manifest of a run folder: the cells and the images of its latest request.
+
+    Raises:
+        RequestError: the folder holds no run.
+        FaithmapError: a file in it is damaged.
+    """
+    store = RunStore(path)
+    manifest = store.manifest()
+    if manifest is None:
+        raise RequestError(f"{path} holds no run (no {MANIFEST}); give the folder that `faithmap run` wrote")
+    rows = store.rows(manifest["cells"])
+    chosen = read_images(store.path)
+    if chosen is not None:
+        kept = [
+            name in chosen.get(dataset, ())
+            for dataset, name in zip(rows["dataset"], rows["image_id"], strict=True)
+        ]
+        rows = rows[kept].reset_index(drop=True)
+    return rows, manifest
+
+
+def read_images(path: Path) -> dict[str, set[str]] | None:
+    """The ids of the images asked for, by dataset; None where the folder does not list them."""
+    file = path / IMAGES
+    if not file.is_file():
+        return None
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise FaithmapError(f"{file} is damaged ({error}); run again to have it written anew") from error
+    return {dataset: set(ids) for dataset, ids in content.items()}
+
+
+def read_runs(paths: Sequence[str | Path]) -> tuple[pd.DataFrame, dict[str, Any]]:
+    """Rows and one manifest of several runs that may stand on one board.
+
+    Raises:
+        RequestError: two of them differ in seed, precision, map grid, target or weights.
+    """
+    import pandas as pd
+
+    read = [read_run(path) for path in paths]
+    first = read[0][1]
+    merged: dict[str, Any] = {**first}
+    for path, (_, other) in zip(paths[1:], read[1:], strict=True):
+        _refuse_mixture(first, other, path)
+        for key in ("models", "datasets", "explainers"):
+            merged[key] = {**merged[key], **{k: v for k, v in other[key].items() if k not in merged[key]}}
+        specs = [entry["spec"] for entry in merged["metrics"]]
+        merged["metrics"] = merged["metrics"] + [m for m in other["metrics"] if m["spec"] not in specs]
+        merged["request"] = {
+            key: list(dict.fromkeys([*merged["request"][key], *other["request"][key]]))
+            for key in merged["request"]
+        }
+        merged["cells"] = list(dict.fromkeys([*merged["cells"], *other["cells"]]))
+    rows = pd.concat([rows for rows, _ in read], ignore_index=True)
+    return rows.drop_duplicates(KEY_COLUMNS).sort_values(
+        KEY_COLUMNS, kind="stable", ignore_index=True
+    ), merged
+
+
+def _refuse_mixture(first: Mapping[str, Any], other: Mapping[str, Any], path: str | Path) -> None:
+    for key in ("seed", "precision", "map_grid", "target"):
+        if first["identity"][key] != other["identity"][key]:
+            raise RequestError(
+                f"{path} was run with {key} = {other['identity'][key]!r}, the first folder with "
+                f"{first['identity'][key]!r}; such rows are not compared: write a board for each"
+            )
+    for name, weights in other["identity"]["weights"].items():
+        if first["identity"]["weights"].get(name, weights) != weights:
+            raise RequestError(f"{path} was run with other weights of model '{name}'; write a board for each")
+
+
+def publish(rows: pd.DataFrame, manifest: Mapping[str, Any], out: Path) -> None:
+    """Write rows and manifest into a folder of their own, from which the board can be rebuilt."""
+    store = RunStore(out)
+    store.create()
+    table = pa.Table.from_pandas(rows, schema=SCHEMA, preserve_index=False)
+    write_table(store.rows_path / PUBLISHED / "rows.parquet", table)
+    store.write_manifest({**manifest, "cells": [PUBLISHED]})

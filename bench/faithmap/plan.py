@@ -1,0 +1,190 @@
+"""From a request to cells: what is to be computed, under which content key."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from faithmap.batch import Batch, Maps
+from faithmap.config import Config, located
+from faithmap.data import LoadedDataset, choose, load_dataset
+from faithmap.errors import RequestError
+from faithmap.explaining import bind, lacking, undefined
+from faithmap.models import Model, load_model
+from faithmap.records import REFERENCE_NULL, Cell, Sample, Spec, canonical_json, digest
+from faithmap.registry import Plugin, get, plugins
+from faithmap.scoring import Heading, MetricUse, use_metric
+
+
+@dataclass(frozen=True)
+class ExplainerUse:
+    """An explainer with its parameters, as one run uses it."""
+
+    label: str
+    plugin: Plugin
+    params: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Grid:
+    """All that a request asks for, checked: nothing has been computed yet."""
+
+    config: Config
+    models: tuple[Model, ...]
+    datasets: tuple[tuple[LoadedDataset, tuple[Sample, ...]], ...]
+    explainers: tuple[ExplainerUse, ...]
+    metrics: tuple[MetricUse, ...]
+
+
+@dataclass(frozen=True)
+class Task:
+    """A cell, how its maps are made, and what scores them."""
+
+    cell: Cell
+    plugin: Plugin
+    call: Callable[[Model, Batch], Maps]
+    metrics: tuple[MetricUse, ...]
+    #: Why the explainer is not defined here; empty where it is.
+    skip: str
+
+    def heading(self, seed: int) -> Heading:
+        """What all rows of the cell have in common."""
+        cell = self.cell
+        return Heading(cell.model, cell.dataset, cell.explainer, cell.params_json, cell.map_grid, seed)
+
+
+def make_grid(config: Config, models: Sequence[Model] = ()) -> Grid:
+    """Check a whole request and load its models and lists of images.
+
+    Args:
+        config: the request.
+        models: `Model`s given from Python, which take the place of the request's models.
+
+    Raises:
+        RequestError: anything in the request is wrong.
+    """
+    explainers = _explainers(config)
+    metrics = _metrics(config)
+    datasets = []
+    for spec in config.datasets:
+        dataset = load_dataset(spec)
+        datasets.append((dataset, choose(dataset.samples, config.run.part, config.run.limit)))
+    loaded = tuple(models) or tuple(_model(spec) for spec in config.models)
+    names = [model.name for model in loaded]
+    for name in names:
+        if names.count(name) > 1:
+            raise RequestError(f"two models are named '{name}'; give one another name")
+    return Grid(config, loaded, tuple(datasets), explainers, metrics)
+
+
+def _model(spec: Spec) -> Model:
+    name, params = located(spec)
+    model = load_model(name, **params)
+    # A file's absolute path has no place on a board: the name as it was typed has.
+    model.name = spec.title
+    return model
+
+
+def _explainers(config: Config) -> tuple[ExplainerUse, ...]:
+    specs = list(config.explainers)
+    if not any(spec.name == REFERENCE_NULL for spec in specs):
+        specs.append(Spec(REFERENCE_NULL))  # calibrates every score and stands in for failed maps
+    uses = []
+    for spec in specs:
+        plugin = get("explainer", spec.name)
+        params = plugin.check(spec.params)
+        if plugin.facts.role == "null":
+            params.pop("draw", None)
+        uses.append(ExplainerUse(spec.title, plugin, params))
+    return tuple(uses)
+
+
+def _metrics(config: Config) -> tuple[MetricUse, ...]:
+    specs = config.metrics or tuple(Spec(plugin.name) for plugin in plugins("metric"))
+    uses = tuple(use_metric(spec) for spec in specs)
+    names = [use.spec for use in uses]
+    for name in names:
+        if names.count(name) > 1:
+            raise RequestError(f"the metric '{name}' is listed twice with the same parameters; drop one")
+    return uses
+
+
+def map_grid(config: Config, model: Model) -> tuple[int, int] | None:
+    """The grid (h, w) that maps are reduced to; None for native resolution."""
+    setting = config.run.map_grid
+    if setting == "native":
+        return None
+    return model.grid if setting == "model" else (int(setting), int(setting))
+
+
+def plan_tasks(grid: Grid, model: Model, dataset: LoadedDataset) -> list[Task]:
+    """The cells of one model and dataset: each explainer, each null's draws, each method's moved maps."""
+    tasks = []
+    served = tuple(use for use in grid.metrics if not lacking(use.facts.needs, dataset.gives))
+    for use in grid.explainers:
+        skip = undefined(use.plugin, model, dataset.gives)
+        if use.plugin.facts.role == "null":
+            for draw in range(grid.config.run.null_draws):
+                tasks.append(_task(grid, model, dataset, use, served, skip, {"draw": draw}))
+            continue
+        tasks.append(_task(grid, model, dataset, use, served, skip, {}))
+        calibrating = tuple(metric for metric in served if metric.facts.calibrate)
+        if use.plugin.facts.role != "method" or skip or not calibrating:
+            continue
+        for null in grid.config.run.own_nulls:
+            for draw in range(grid.config.run.null_draws):
+                moved = {"null": null, "draw": draw}
+                tasks.append(_task(grid, model, dataset, use, calibrating, skip, moved))
+    return tasks
+
+
+def _task(
+    grid: Grid,
+    model: Model,
+    dataset: LoadedDataset,
+    use: ExplainerUse,
+    metrics: tuple[MetricUse, ...],
+    skip: str,
+    extra: dict[str, Any],
+) -> Task:
+    run = grid.config.run
+    null = extra.get("null")
+    params = {**use.params, **extra}
+    # A draw of a null is a parameter of its plugin; a moved map is made by the core.
+    call_params = use.params if null else params
+    shape = map_grid(grid.config, model)
+    key = digest(
+        model.digest(), dataset.key, run.target, use.plugin.name, use.plugin.facts.version, params,
+        use.plugin.file_sha256(), run.seed, run.precision, run.map_grid, shape, length=20,
+    )  # fmt: skip
+    cell = Cell(
+        model=model.name,
+        dataset=dataset.label,
+        explainer=use.plugin.name,
+        params=params,
+        map_grid=str(run.map_grid),
+        key=key,
+        label=use.label,
+        role=use.plugin.facts.role,
+        null=null,
+        draw=extra.get("draw"),
+    )
+    return Task(cell, use.plugin, bind(use.plugin, call_params), metrics, skip)
+
+
+def identity(grid: Grid) -> dict[str, Any]:
+    """What all rows of one run folder share; another value of any of these is refused there."""
+    run = grid.config.run
+    return {
+        "seed": run.seed,
+        "precision": run.precision,
+        "map_grid": run.map_grid,
+        "target": run.target,
+        "weights": {model.name: model.digest() for model in grid.models},
+    }
+
+
+def default_folder(grid: Grid) -> str:
+    """`runs/<preset>-<short hash>`: the same request always finds its folder again."""
+    return f"runs/{grid.config.name}-{digest(canonical_json(identity(grid)), length=8)}"

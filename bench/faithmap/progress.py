@@ -1,0 +1,125 @@
+"""How a run goes on, told on a terminal by a bar and elsewhere by plain lines."""
+
+from __future__ import annotations
+
+import sys
+import time
+from typing import TextIO
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+
+class Bar:
+    """A bar with the cell, images per second and the time left."""
+
+    def __init__(self, console: Console) -> None:
+        self._progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("units"),
+            TextColumn("{task.fields[rate]}"),
+            TimeElapsedColumn(),
+            TextColumn("{task.fields[left]}"),
+            console=console,
+            transient=True,
+        )
+        self._clock = _Clock()
+        self._place = ""
+
+    def begin(self, units: int, done: int) -> None:
+        """Show the bar, begun where an earlier run stopped."""
+        self._clock = _Clock(units - done)
+        self._task = self._progress.add_task("reading", total=units, completed=done, rate="", left="")
+        self._progress.start()
+
+    def group(self, model: str, dataset: str) -> None:
+        """Units of this model and dataset follow."""
+        self._place = f"{model} · {dataset}"
+
+    def unit(self, cell: str, images: int, seconds: float) -> None:
+        """A unit is written."""
+        self._clock.tick()
+        self._progress.update(
+            self._task,
+            advance=1,
+            description=f"{self._place} · {cell}",
+            rate=f"{images / max(seconds, 1e-9):.0f} images/s",
+            left=f"{clock(self._clock.left())} left",
+        )
+
+    def end(self) -> None:
+        """Take the bar away."""
+        self._progress.stop()
+
+
+class Lines:
+    """Plain lines, at most one every few seconds, for logs and pipes."""
+
+    def __init__(self, stream: TextIO | None = None, every: float = 5.0) -> None:
+        self._stream = stream or sys.stderr
+        self._every = every
+        self._last = 0.0
+        self._done = self._units = 0
+        self._place = ""
+        self._clock = _Clock()
+
+    def begin(self, units: int, done: int) -> None:
+        """Say how much there is to do."""
+        self._units, self._done, self._clock = units, done, _Clock(units - done)
+        self._say(f"{units} units, {done} of them done before" if done else f"{units} units")
+
+    def group(self, model: str, dataset: str) -> None:
+        """Units of this model and dataset follow."""
+        self._place = f"{model}, {dataset}"
+
+    def unit(self, cell: str, images: int, seconds: float) -> None:
+        """A unit is written."""
+        self._done += 1
+        self._clock.tick()
+        if time.monotonic() - self._last < self._every and self._done < self._units:
+            return
+        self._last = time.monotonic()
+        rate = images / max(seconds, 1e-9)
+        self._say(
+            f"{self._done}/{self._units} {self._place}, {cell}: {rate:.0f} images/s, {clock(self._clock.left())} left"
+        )
+
+    def end(self) -> None:
+        """Nothing to take away."""
+
+    def _say(self, text: str) -> None:
+        print(text, file=self._stream, flush=True)
+
+
+class _Clock:
+    """Estimates the time left from the pace so far."""
+
+    def __init__(self, units: int = 0) -> None:
+        self._units = units
+        self._done = 0
+        self._start = time.monotonic()
+
+    def tick(self) -> None:
+        self._done += 1
+
+    def left(self) -> float:
+        elapsed = time.monotonic() - self._start
+        return elapsed / max(self._done, 1) * max(self._units - self._done, 0)
+
+
+def clock(seconds: float) -> str:
+    """Seconds as m:ss or h:mm:ss.
+
+    >>> clock(75), clock(3675)
+    ('1:15', '1:01:15')
+    """
+    minutes, rest = divmod(int(round(seconds)), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+
+
+def observer(console: Console) -> Bar | Lines:
+    """A bar where there is a terminal, lines elsewhere."""
+    return Bar(console) if console.is_terminal else Lines()

@@ -1,0 +1,235 @@
+"""The main job: run a grid, score it, and write its leaderboards."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from faithmap import store as storage
+from faithmap.config import Config, load_config
+from faithmap.data import check_labels, shards
+from faithmap.engine import Observer, Silent, check_engine, run_local
+from faithmap.errors import RequestError
+from faithmap.folders import IMAGES, read_run
+from faithmap.models import Model
+from faithmap.perturb import chunk_size
+from faithmap.plan import Grid, default_folder, identity, make_grid, plan_tasks
+from faithmap.provenance import manifest
+from faithmap.records import digest
+from faithmap.store import RunStore
+from faithmap.units import Group
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished run: its folder, its rows, its boards."""
+
+    path: Path
+    manifest: Mapping[str, Any]
+    #: Files that were written besides the rows.
+    written: tuple[Path, ...] = ()
+
+    def rows(self) -> pd.DataFrame:
+        """The per-image rows of the request's cells."""
+        return read_run(self.path)[0]
+
+    def leaderboard(self, model: str | None = None, dataset: str | None = None) -> pd.DataFrame:
+        """The board, one line a model, dataset and explainer, or the part of one model or dataset."""
+        from faithmap.leaderboard import build_board
+
+        board = build_board(*read_run(self.path))
+        for column, wanted in (("model", model), ("dataset", dataset)):
+            if wanted is not None:
+                if wanted not in set(board[column]):
+                    raise RequestError(
+                        f"the board has no {column} '{wanted}'; it has: {sorted(set(board[column]))}"
+                    )
+                board = board[board[column] == wanted]
+        return board.reset_index(drop=True)
+
+    def failures(self) -> pd.DataFrame:
+        """The rows that failed, with their reasons."""
+        rows = self.rows()
+        return rows[rows["status"] == "failed"].reset_index(drop=True)
+
+
+def run(
+    config: Config | str | Path | Mapping[str, Any] | None = None,
+    *,
+    models: Sequence[Model] = (),
+    out: str | Path | None = None,
+    observer: Observer | None = None,
+    fresh: bool = False,
+    engine: str = "local",
+    figures: bool = True,
+    save_maps: bool = False,
+) -> Run:
+    """Run a grid and write its leaderboards; rows that are stored already are not computed again.
+
+    Args:
+        config: a `Config`, a preset's name, the path of a TOML file, a dictionary of the same form,
+            or None for the default preset.
+        models: `Model`s that take the place of the request's models.
+        out: the run's folder; by default `runs/<preset>-<hash>`.
+        observer: is told how the run goes on.
+        fresh: drop what the folder holds of an earlier run.
+        engine: where units run; "local" is this process.
+        figures: draw the figures too.
+        save_maps: keep the maps, at the explainers' own resolutions, under `maps/`.
+
+    Raises:
+        RequestError: the request is wrong; nothing has been computed then.
+    """
+    check_engine(engine)
+    grid = make_grid(load_config(config), models)
+    for model in grid.models:
+        for dataset, samples in grid.datasets:
+            check_labels(dataset, samples, model)
+    store = RunStore(out or default_folder(grid))
+    store.create()
+    with store.locked():
+        return _run_locked(grid, store, observer or Silent(), fresh, figures, save_maps)
+
+
+def _run_locked(
+    grid: Grid, store: RunStore, observer: Observer, fresh: bool, figures: bool, save_maps: bool
+) -> Run:
+    from faithmap.leaderboard import write_boards
+
+    store.clean()
+    if fresh:
+        store.clear()
+    held = store.manifest()
+    grid_identity = identity(grid)
+    if held is not None:
+        refuse_other_identity(held["identity"], grid_identity, store.path)
+    settings = resolve_settings(grid, held)
+    apply_settings(grid, settings)
+    groups = make_groups(grid, settings)
+    cells = [task.cell.key for group in groups for task in group.tasks] + [group.read_key for group in groups]
+    if held is not None:
+        merged = {**held["identity"]["weights"], **grid_identity["weights"]}
+        grid_identity = {**grid_identity, "weights": merged}
+    content = manifest(grid, grid_identity, settings, cells)
+    store.write_manifest(content)
+    images = {dataset.label: [sample.id for sample in samples] for dataset, samples in grid.datasets}
+    storage.write_bytes(store.path / IMAGES, (json.dumps(images, indent=0) + "\n").encode())
+    run_local(groups, store, observer, save_maps)
+    for group in groups:
+        entry = content["datasets"][group.dataset]
+        entry["unreadable"] = max(entry["unreadable"], len(group.unreadable & set(images[group.dataset])))
+    store.write_manifest(content)
+    written = write_boards(*read_run(store.path), store.path, figures=figures)
+    return Run(store.path, content, tuple(written))
+
+
+def refuse_other_identity(held: Mapping[str, Any], asked: Mapping[str, Any], path: Path) -> None:
+    """Refuse to mix rows that must not stand beside each other.
+
+    Raises:
+        RequestError: names the setting, what the folder holds, and what was asked for.
+    """
+    advice = "name another folder with --out, or drop what it holds with --fresh"
+    for key in ("seed", "precision", "map_grid", "target"):
+        if held.get(key) != asked[key]:
+            raise RequestError(
+                f"{path} holds a run of {key} = {held.get(key)!r}, asked for {asked[key]!r}; {advice}"
+            )
+    for name, digest_asked in asked["weights"].items():
+        digest_held = held.get("weights", {}).get(name, digest_asked)
+        if digest_held != digest_asked:
+            raise RequestError(
+                f"{path} holds a run of other weights for model '{name}' (digest {digest_held}, asked for "
+                f"{digest_asked}); {advice}"
+            )
+
+
+def resolve_settings(grid: Grid, held: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Decide once what the composition of batches depends on; a resumed run keeps what it started with.
+
+    Raises:
+        RequestError: another batch size or number of threads is asked for than the folder holds.
+    """
+    run_settings = grid.config.run
+    device = resolve_device(run_settings.device)
+    batch_size = run_settings.batch_size
+    if batch_size == "auto":
+        batch_size = 16 if device == "cpu" else 32
+    resolved: dict[str, Any] = {
+        **run_settings.model_dump(mode="json"),
+        "device": device,
+        "batch_size": batch_size,
+        "threads": run_settings.threads or usable_cores(),
+        "chunks": {model.name: chunk_size(model) for model in grid.models},
+    }
+    if held is None:
+        return resolved
+    for key, asked in (("batch_size", run_settings.batch_size), ("threads", run_settings.threads)):
+        if asked not in ("auto", None) and asked != held["settings"][key]:
+            raise RequestError(
+                f"the folder holds a run of {key} = {held['settings'][key]}, asked for {asked}, which would change "
+                "rows by rounding; leave it out, name another folder with --out, or use --fresh"
+            )
+        resolved[key] = held["settings"][key]
+    return resolved
+
+
+def usable_cores() -> int:
+    """Cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def resolve_device(name: str) -> str:
+    """The device to use: "auto" takes CUDA, then Apple's, then the CPU.
+
+    Raises:
+        RequestError: the device asked for is not there.
+    """
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    if name.startswith("cuda"):
+        index = int(name.partition(":")[2] or 0)
+        if not torch.cuda.is_available() or index >= torch.cuda.device_count():
+            raise RequestError(f"device '{name}' is not there; use --device cpu, or see `faithmap doctor`")
+    if name == "mps" and not torch.backends.mps.is_available():
+        raise RequestError("device 'mps' is not there; use --device cpu, or see `faithmap doctor`")
+    return name
+
+
+def apply_settings(grid: Grid, settings: Mapping[str, Any]) -> None:
+    """Put models on the device and fix threads and precision."""
+    torch.set_num_threads(int(settings["threads"]))
+    for model in grid.models:
+        model.to(settings["device"])
+        model.eval()
+        model.precision = settings["precision"]
+
+
+def make_groups(grid: Grid, settings: Mapping[str, Any]) -> list[Group]:
+    """One group for each model and dataset, with its tasks and shards."""
+    groups = []
+    for model in grid.models:
+        for dataset, samples in grid.datasets:
+            read_key = f"read-{digest(dataset.key, model.digest(), grid.config.run.map_grid)}"
+            groups.append(
+                Group(
+                    model=model,
+                    config=grid.config,
+                    tasks=plan_tasks(grid, model, dataset),
+                    shards=shards(samples, int(settings["batch_size"])),
+                    read_key=read_key,
+                    dataset=dataset.label,
+                )
+            )
+    return groups
