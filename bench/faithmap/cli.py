@@ -1,0 +1,214 @@
+"""The command line: `faithmap run`, `leaderboard`, `list`, `status`, `explain`, `doctor`.
+
+Exit codes: 0 done; 1 something failed (listed, with reasons); 2 the request was wrong (one
+sentence, no traceback); 130 interrupted (run the same command again to go on).
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import typer
+from rich.console import Console
+
+from faithmap import __version__
+from faithmap.errors import FaithmapError, RequestError
+
+app = typer.Typer(
+    name="faithmap",
+    help="Which heat map can you trust, on this model and this data, at what cost?",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+OUT = Console()
+ERR = Console(stderr=True)
+
+Plugins = Annotated[
+    list[Path] | None, typer.Option("--plugin", help="A file that registers explainers, metrics or datasets.")
+]
+Comma = "Comma list; parameters in brackets: name[key=value]."
+
+
+def app_main() -> NoReturn:
+    """Run the command line and turn every error that we raise into a sentence and an exit code."""
+    sys.exit(main(sys.argv[1:]))
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run one command and return its exit code."""
+    try:
+        code = app(list(arguments), standalone_mode=False)
+    except RequestError as error:
+        return _say(error, 2)
+    except FaithmapError as error:
+        return _say(error, 1)
+    except KeyboardInterrupt:
+        return _say("interrupted; run the same command again to go on from here", 130)
+    except typer.Exit as stop:
+        return int(stop.exit_code)
+    except typer.Abort:
+        return 130
+    except Exception as error:
+        shown = getattr(error, "format_message", None)  # click's own complaints about flags
+        if shown is None:
+            raise
+        return _say(shown(), 2)
+    return int(code or 0)
+
+
+def _say(message: object, code: int) -> int:
+    ERR.print(f"faithmap: {message}", markup=False, highlight=False, soft_wrap=True)
+    return code
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        OUT.print(f"faithmap {__version__}", highlight=False)
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Which heat map can you trust, on this model and this data, at what cost?"""
+
+
+@app.command()
+def run(
+    request: Annotated[
+        str | None,
+        typer.Argument(metavar="[PRESET | FILE.toml]", help="What to run; by default the preset quickstart."),
+    ] = None,
+    models: Annotated[str | None, typer.Option(help=f"Models, also file.py:function. {Comma}")] = None,
+    datasets: Annotated[str | None, typer.Option(help=f"Datasets. {Comma}")] = None,
+    explainers: Annotated[str | None, typer.Option(help=f"Explainers. {Comma}")] = None,
+    metrics: Annotated[str | None, typer.Option(help=f"Metrics. {Comma}")] = None,
+    limit: Annotated[
+        int | None, typer.Option(help="Images of each dataset, balanced over the classes.")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of everything that is drawn.")] = None,
+    part: Annotated[str | None, typer.Option(help="eval, dev or all.")] = None,
+    target: Annotated[str | None, typer.Option(help="Class explained: predicted, label or second.")] = None,
+    map_grid: Annotated[str | None, typer.Option(help="model, native, or a side in cells.")] = None,
+    device: Annotated[str | None, typer.Option(help="auto, cpu, cuda, cuda:N or mps.")] = None,
+    precision: Annotated[str | None, typer.Option(help="fp32 or bf16.")] = None,
+    batch_size: Annotated[str | None, typer.Option(help="auto, or a number of images.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="The run's folder; by default runs/<preset>-<hash>.")
+    ] = None,
+    engine: Annotated[str, typer.Option(help="Where units run: local.")] = "local",
+    plugin: Plugins = None,
+    save_maps: Annotated[bool, typer.Option("--save-maps", help="Keep the maps under maps/.")] = False,
+    fresh: Annotated[
+        bool, typer.Option("--fresh", help="Drop what the folder holds of an earlier run.")
+    ] = False,
+    offline: Annotated[
+        bool, typer.Option("--offline", help="Never ask the network for weights or data.")
+    ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Say what would run, and how long; run nothing.")
+    ] = False,
+) -> None:
+    """Run explainers over models and datasets, score every map, and write leaderboards."""
+    from faithmap import commands
+
+    config = commands.request(
+        request,
+        lists={"models": models, "datasets": datasets, "explainers": explainers, "metrics": metrics},
+        settings={
+            "limit": limit, "seed": seed, "part": part, "target": target, "map_grid": _number(map_grid),
+            "device": device, "precision": precision, "batch_size": _number(batch_size),
+        },
+        plugins=plugin or [],
+        offline=offline,
+    )  # fmt: skip
+    if dry_run:
+        _exit(commands.dry_run(config, OUT))
+    _exit(commands.run(config, OUT, ERR, out=out, engine=engine, fresh=fresh, save_maps=save_maps))
+
+
+@app.command()
+def leaderboard(
+    runs: Annotated[
+        list[Path], typer.Argument(metavar="RUN_DIR...", help="Folders that `faithmap run` wrote.")
+    ],
+    out: Annotated[Path | None, typer.Option(help="Write the board, and the rows behind it, here.")] = None,
+) -> None:
+    """Rebuild every table and figure from the stored rows, without a forward pass."""
+    from faithmap import boards
+
+    _exit(boards.rebuild(runs, out, OUT))
+
+
+@app.command("list")
+def list_(
+    kind: Annotated[str, typer.Argument(help="explainers, metrics, datasets, models or presets.")],
+    as_json: Annotated[
+        bool, typer.Option("--json", help="A JSON list of objects, each with a name.")
+    ] = False,
+    plugin: Plugins = None,
+) -> None:
+    """List what can be named in a request."""
+    from faithmap import listing
+
+    listing.load_plugins(plugin or [])
+    _exit(listing.show(kind, as_json, OUT, ERR))
+
+
+@app.command()
+def explain(
+    image: Annotated[Path, typer.Argument(help="An image file.")],
+    model: Annotated[str, typer.Option(help="A model's name; parameters in brackets.")],
+    out: Annotated[Path, typer.Option(help="The figure to write (.png, .pdf or .svg).")],
+    explainers: Annotated[str, typer.Option(help=f"Explainers. {Comma}")] = "gradcam",
+    target: Annotated[
+        int | None, typer.Option(help="The class explained; by default the prediction.")
+    ] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps.")] = "auto",
+    seed: Annotated[int, typer.Option(help="Seed of explainers that draw.")] = 0,
+    plugin: Plugins = None,
+) -> None:
+    """Draw one image with the heat map of each explainer over it."""
+    from faithmap import commands, listing
+
+    listing.load_plugins(plugin or [])
+    _exit(commands.explain(image, model, explainers, target, out, device, seed, OUT))
+
+
+@app.command()
+def status(
+    run_dir: Annotated[Path, typer.Argument(metavar="RUN_DIR", help="A folder that `faithmap run` wrote.")],
+) -> None:
+    """Say how far a run has come, and what failed."""
+    from faithmap import boards
+
+    _exit(boards.status(run_dir, OUT))
+
+
+@app.command()
+def doctor() -> None:
+    """Print versions, devices, torchvision's state, plugins that do not load, and caches."""
+    from faithmap import diagnosis
+
+    _exit(diagnosis.report(OUT))
+
+
+def _number(text: str | None) -> Any:
+    return int(text) if text is not None and text.lstrip("-").isdigit() else text
+
+
+def _exit(code: int) -> None:
+    if code:
+        raise typer.Exit(code)
+
+
+if __name__ == "__main__":
+    app_main()

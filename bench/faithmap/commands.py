@@ -1,0 +1,123 @@
+"""What `faithmap run` and `faithmap explain` do, behind their flags."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from faithmap.config import Config, load_config, parse_spec, split_list
+from faithmap.errors import RequestError
+from faithmap.listing import load_plugins
+
+
+def request(
+    source: str | None,
+    lists: Mapping[str, str | None],
+    settings: Mapping[str, Any],
+    plugins: Sequence[Path],
+    offline: bool,
+) -> Config:
+    """Turn the flags of `faithmap run` into a `Config`."""
+    if offline:
+        for variable in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE"):
+            os.environ[variable] = "1"
+    load_plugins(plugins)
+    given = {}
+    for key, text in lists.items():
+        if text is None:
+            continue
+        given[key] = split_list(text)
+        if not given[key]:
+            raise RequestError(f"--{key} is empty; give a comma list of names")
+    return load_config(source).with_run(**settings).with_lists(**given)
+
+
+def run(
+    config: Config,
+    console: Console,
+    errors: Console,
+    *,
+    out: Path | None,
+    engine: str,
+    fresh: bool,
+    save_maps: bool,
+) -> int:
+    """Run, print the summary, and return 1 where anything failed."""
+    from faithmap import progress, runner
+    from faithmap.boards import print_failures, print_summary
+
+    started = time.monotonic()
+    done = runner.run(
+        config, out=out, observer=progress.observer(errors), fresh=fresh, engine=engine, save_maps=save_maps
+    )
+    print_summary(done.path, console)
+    console.print(f"done in {progress.clock(time.monotonic() - started)}", highlight=False)
+    for file in done.written:
+        console.print(f"wrote {file}", markup=False, highlight=False, soft_wrap=True)
+    return print_failures(done.path, errors)
+
+
+def dry_run(config: Config, console: Console) -> int:
+    """Say what a run would compute, with times measured on two images."""
+    from faithmap import progress
+    from faithmap.estimate import estimate
+
+    plan = estimate(config)
+    for line in plan.lines:
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
+    console.print(
+        f"in all {plan.units} units, about {plan.forwards:,.0f} images forwarded, {progress.clock(plan.seconds)} "
+        "(measured on two images of each model and dataset)",
+        highlight=False,
+        soft_wrap=True,
+    )
+    return 0
+
+
+def explain(
+    image: Path,
+    model: str,
+    explainers: str,
+    target: int | None,
+    out: Path,
+    device: str,
+    seed: int,
+    console: Console,
+) -> int:
+    """Write the figure of one image under several explainers."""
+    from faithmap import heatmaps
+    from faithmap.api import explain as explain_images
+    from faithmap.models import load_model
+    from faithmap.records import Sample
+    from faithmap.registry import get
+    from faithmap.runner import resolve_device
+    from faithmap.transforms import prepare
+
+    if not image.is_file():
+        raise RequestError(f"no such image: {image}")
+    heatmaps.check_target(out)
+    specs = [parse_spec(text) for text in split_list(explainers)]
+    for spec in specs:
+        get("explainer", spec.name).check(spec.params)
+    model_spec = parse_spec(model)
+    network = load_model(model_spec.name, **model_spec.params).to(resolve_device(device))
+    prepared = prepare(Sample(id=image.name, image=image), network.transform)
+    batch = prepared.image.unsqueeze(0).to(network.device)
+    logits = heatmaps.logits(network, batch)
+    chosen = int(logits.argmax()) if target is None else target
+    if not 0 <= chosen < len(logits):
+        raise RequestError(
+            f"--target {chosen} is out of range; the model has {len(logits)} classes (0 to {len(logits) - 1})"
+        )
+    maps = []
+    for spec in specs:
+        found = explain_images(network, batch, [chosen], spec.name, seed=seed, **spec.params)
+        maps.append((spec.title, found[0]))
+    heatmaps.draw(prepared.image, maps, heatmaps.title(network, logits, chosen), out)
+    console.print(f"wrote {out}", markup=False, highlight=False, soft_wrap=True)
+    return 0

@@ -1,0 +1,113 @@
+"""`faithmap list`: what can be named in a request, generated from the registers."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from faithmap import registry
+from faithmap.config import preset, preset_names
+from faithmap.errors import RequestError, nearest
+from faithmap.records import Kind
+
+KINDS = ("explainers", "metrics", "datasets", "models", "presets")
+
+
+def load_plugins(files: Sequence[Path]) -> None:
+    """Load the files named by `--plugin`."""
+    for file in files:
+        registry.load_file(file)
+
+
+def entries(kind: str) -> list[dict[str, Any]]:
+    """What there is of a kind, each entry with its name.
+
+    Raises:
+        RequestError: there is no such kind.
+    """
+    if kind == "presets":
+        return [_preset(name) for name in preset_names()]
+    if kind == "models":
+        return _models()
+    if kind not in KINDS:
+        raise RequestError(f"cannot list '{kind}'; {nearest(kind, KINDS)}")
+    single: Kind = kind[:-1]  # type: ignore[assignment]
+    return [_plugin(plugin) for plugin in registry.plugins(single)]
+
+
+def _plugin(plugin: registry.Plugin) -> dict[str, Any]:
+    facts = plugin.facts
+    entry: dict[str, Any] = {
+        "name": plugin.name,
+        "summary": plugin.summary,
+        "version": facts.version,
+        "source": facts.source,
+        "params": {k: v for k, v in plugin.parameters.items() if k != "draw"},
+        "origin": plugin.origin,
+    }
+    if facts.kind == "explainer":
+        entry |= {
+            "role": facts.role,
+            "families": sorted(facts.families) or ["cnn", "vit"],
+            "class_specific": facts.class_specific,
+            "needs": sorted(facts.needs),
+        }
+    elif facts.kind == "metric":
+        entry |= {"scores": dict(facts.scores), "needs": sorted(facts.needs)}
+    else:
+        entry |= {"license": facts.license, "revision": facts.revision, "gives": sorted(facts.gives)}
+    return entry
+
+
+def _preset(name: str) -> dict[str, Any]:
+    config = preset(name)
+    content = config.model_dump(mode="json")
+    return {
+        "name": name,
+        "summary": f"{len(config.models)} models x {len(config.datasets)} datasets x {len(config.explainers)} explainers",
+        **{
+            key: [entry["name"] for entry in content[key]]
+            for key in ("models", "datasets", "explainers", "metrics")
+        },
+    }
+
+
+def _models() -> list[dict[str, Any]]:
+    from faithmap import zoo
+
+    embedded = [
+        {
+            "name": f"shapes/{name}",
+            "summary": f"embedded, trained on shapes, input {zoo.card(name)['input_size']} pixels",
+        }
+        for name in zoo.NAMES
+    ]
+    families = [
+        ("timm/NAME", "any image classifier of timm; weights = PATH or pretrained"),
+        ("torchvision/NAME", "any image classifier of torchvision; weights = PATH or pretrained"),
+        ("hf/ID", "an image classifier of the Hugging Face hub (needs transformers)"),
+        ("FILE.py:FUNCTION", "your own: a function that returns faithmap.Model(...)"),
+    ]
+    return embedded + [{"name": name, "summary": summary} for name, summary in families]
+
+
+def show(kind: str, as_json: bool, console: Console, errors: Console) -> int:
+    """Print a list; 1 where a plugin file could not be loaded."""
+    found = entries(kind)
+    if as_json:
+        print(json.dumps(found, indent=2, ensure_ascii=False, default=str))
+    else:
+        table = Table("name", "what it is", "parameters", box=None, header_style="bold", pad_edge=False)
+        for entry in found:
+            params = ", ".join(f"{key}={value}" for key, value in entry.get("params", {}).items())
+            table.add_row(entry["name"], entry["summary"], params)
+        console.print(table, markup=False, highlight=False)
+    unloaded = registry.broken(kind[:-1]) if kind in ("explainers", "metrics", "datasets") else {}  # type: ignore[arg-type]
+    for name, reason in unloaded.items():
+        errors.print(f"not loaded: {name}: {reason}", markup=False, highlight=False, soft_wrap=True)
+    return 1 if unloaded else 0
