@@ -1,0 +1,91 @@
+"""Labels beside points that do not cover each other, by the simple means."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
+
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.transforms import Bbox
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.backends.backend_agg import RendererAgg
+
+_GAP = 7.0
+_STEP = 13.0
+
+
+def place_labels(
+    panel: Axes,
+    texts: Sequence[str],
+    points: Sequence[tuple[float, float]],
+    bars: Sequence[tuple[float, float]],
+    colours: Sequence[str],
+) -> None:
+    """Write a text beside each point (data coordinates), near and where nothing lies yet.
+
+    `bars` are the vertical extents that labels keep clear of. Labels are set one by one from the
+    top, each at the free place nearest to its point; one that had to move away gets a thin line.
+    """
+    figure = panel.figure
+    canvas = figure.canvas
+    assert isinstance(canvas, FigureCanvasAgg)
+    renderer: RendererAgg = canvas.get_renderer()  # type: ignore[no-untyped-call]
+    scale = figure.dpi / 72.0
+    taken = [_obstacle(panel, x, bar, scale) for (x, _), bar in zip(points, bars, strict=True)]
+    for index in sorted(range(len(texts)), key=lambda i: (-points[i][1], points[i][0])):
+        _place(panel, renderer, texts[index], points[index], colours[index], taken, scale)
+
+
+def _obstacle(panel: Axes, x: float, bar: tuple[float, float], scale: float) -> Bbox:
+    (left, low), (_, high) = panel.transData.transform([(x, bar[0]), (x, bar[1])])
+    half = 4.5 * scale
+    return Bbox([[left - half, low - half], [left + half, high + half]])
+
+
+def _place(
+    panel: Axes, renderer: RendererAgg, text: str, point: tuple[float, float], colour: str,
+    taken: list[Bbox], scale: float,
+) -> None:  # fmt: skip
+    frame = panel.get_window_extent(renderer)
+    label = panel.annotate(
+        text, point, xytext=(0, 0), textcoords="offset points", fontsize=8.5, color=colour, zorder=5,
+        bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.75, "pad": 0.6},
+        arrowprops={"arrowstyle": "-", "color": colour, "linewidth": 0.6, "shrinkA": 0, "shrinkB": 3},
+    )  # fmt: skip
+    best: tuple[float, float, float, str, str] | None = None
+    for cost, (x, y, side, rise) in enumerate(_places()):
+        label.set(position=(x, y), ha=side, va=rise)
+        box = label.get_window_extent(renderer)
+        outside = not (
+            frame.x0 <= box.x0 and box.x1 <= frame.x1 and frame.y0 <= box.y0 and box.y1 <= frame.y1
+        )
+        hidden = sum(_overlap(box, other) for other in taken) / (scale * scale)
+        badness = cost + 10.0 * hidden + 1e6 * outside
+        if best is None or badness < best[0]:
+            best = (badness, x, y, side, rise)
+    assert best is not None
+    _, x, y, side, rise = best
+    label.set(position=(x, y), ha=side, va=rise)
+    if label.arrow_patch is not None:
+        label.arrow_patch.set_visible(abs(x) + abs(y) > 1.5 * _GAP)
+    box = label.get_window_extent(renderer)
+    taken.append(Bbox([[box.x0 - scale, box.y0 - scale], [box.x1 + scale, box.y1 + scale]]))
+
+
+def _places() -> Iterator[tuple[float, float, str, str]]:
+    """Offsets in points with the alignment that goes with them, the most wanted first."""
+    for ring in range(7):
+        rise = ring * _STEP
+        for y in (rise, -rise) if ring else (0.0,):
+            yield (_GAP + ring, y, "left", "center")
+            yield (-_GAP - ring, y, "right", "center")
+        yield (0.0, _GAP + rise, "center", "bottom")
+        yield (0.0, -_GAP - rise, "center", "top")
+
+
+def _overlap(one: Bbox, other: Bbox) -> float:
+    width = min(one.x1, other.x1) - max(one.x0, other.x0)
+    height = min(one.y1, other.y1) - max(one.y0, other.y0)
+    return float(max(width, 0.0) * max(height, 0.0))

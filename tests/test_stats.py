@@ -1,0 +1,376 @@
+"""The statistics against slow rewrites, closed forms, other libraries and their own promises."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+from scipy import stats as scipy_stats
+
+import slow_stats
+from faithmap import stats
+from faithmap._resample import count_chunks
+
+RNG_SEED = 20_240
+
+
+def rng(seed: int = RNG_SEED) -> np.random.Generator:
+    return np.random.Generator(np.random.PCG64(seed))
+
+
+class TestWilson:
+    @pytest.mark.parametrize(("hits", "n"), [(0, 5), (5, 5), (3, 7), (40, 128), (12.5, 64)])
+    def test_solves_its_definition(self, hits: float, n: int) -> None:
+        low, high = stats.wilson(hits, n)
+        assert (float(low), float(high)) == pytest.approx(slow_stats.wilson(hits, n, 0.95), abs=1e-12)
+
+    def test_known_value(self) -> None:
+        low, high = stats.wilson(0, 10)
+        assert float(low) == 0.0
+        assert float(high) == pytest.approx(0.27753, abs=1e-5)
+
+    def test_no_images(self) -> None:
+        assert np.isnan(stats.wilson(0, 0)).all()
+
+    @pytest.mark.parametrize("share", [0.1, 0.3, 0.5, 0.8])
+    def test_coverage(self, share: float) -> None:
+        low, high = stats.wilson(rng().binomial(100, share, 20_000), 100)
+        assert ((low <= share) & (share <= high)).mean() == pytest.approx(0.95, abs=0.02)
+
+    @given(st.integers(1, 500), st.floats(0, 1))
+    def test_holds_the_share(self, n: int, share: float) -> None:
+        low, high = stats.wilson(share * n, n)
+        assert 0 <= low <= share + 1e-12
+        assert share - 1e-12 <= high <= 1
+
+
+class TestBca:
+    @pytest.mark.parametrize("draw", ["normal", "skewed", "discrete"])
+    def test_equals_scipy(self, draw: str) -> None:
+        source = rng()
+        series = {
+            "normal": source.normal(size=(3, 40)),
+            "skewed": source.exponential(size=(3, 40)) ** 2,
+            "discrete": source.integers(-9, 10, (3, 40)) * 5.0,
+        }[draw]
+        found = stats.bca(series, resamples=500, seed=3)
+        for row, values in enumerate(series):
+            expected = slow_stats.bca_interval(list(values), 0.95, 500, 3)
+            assert (found.low[row], found.high[row]) == pytest.approx(expected, rel=1e-9)
+            assert found.value[row] == pytest.approx(values.mean())
+
+    @pytest.mark.parametrize("skewed", [False, True])
+    def test_coverage(self, skewed: bool) -> None:
+        source = rng()
+        draws = source.exponential(1.0, (3000, 100)) if skewed else source.normal(1.0, 1.0, (3000, 100))
+        found = stats.bca(draws, resamples=1000, seed=1)
+        assert ((found.low <= 1) & (1 <= found.high)).mean() == pytest.approx(0.95, abs=0.02)
+
+    def test_constant_series_is_a_point(self) -> None:
+        found = stats.bca(np.full((2, 9), 7.5))
+        assert found.low.tolist() == found.high.tolist() == [7.5, 7.5]
+
+    def test_one_image_has_no_bounds(self) -> None:
+        found = stats.bca([[4.0]])
+        assert found.value[0] == 4.0
+        assert np.isnan([found.low[0], found.high[0]]).all()
+
+    def test_nan_stays_in_its_series(self) -> None:
+        found = stats.bca([[1.0, np.nan, 2.0], [1.0, 2.0, 4.0]])
+        assert np.isnan(found.value[0]) and np.isnan(found.low[0])
+        assert found.low[1] < found.value[1] < found.high[1]
+
+    def test_no_images(self) -> None:
+        assert np.isnan(stats.bca(np.empty((2, 0))).value).all()
+
+    def test_other_series_change_nothing(self) -> None:
+        series = rng().integers(0, 99, (5, 30)).astype(float)
+        assert stats.bca(series[2:3]).low[0] == stats.bca(series).low[2]
+
+    def test_resamples_do_not_depend_on_chunks(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        whole = np.concatenate(list(count_chunks(7, 50, 0)))
+        monkeypatch.setattr("faithmap._resample._CHUNK", 30)
+        parts = list(count_chunks(7, 50, 0))
+        assert len(parts) > 5
+        assert np.array_equal(np.concatenate(parts), whole)
+
+    @settings(max_examples=40, deadline=None)
+    @given(hnp.arrays(np.float64, st.integers(2, 30), elements=st.integers(-50, 50).map(float)))
+    def test_bounds_are_ordered_and_within_the_data(self, values: np.ndarray) -> None:
+        found = stats.bca(values[None], resamples=200)
+        assert values.min() <= found.low[0] <= found.high[0] <= values.max()
+
+    @settings(max_examples=20, deadline=None)
+    @given(hnp.arrays(np.float64, 20, elements=st.integers(-50, 50).map(float)), st.integers(-9, 9))
+    def test_moves_with_the_data(self, values: np.ndarray, shift: int) -> None:
+        here, there = stats.bca(values[None], resamples=200), stats.bca(values[None] + shift, resamples=200)
+        assert there.low[0] == pytest.approx(here.low[0] + shift)
+
+
+class TestMedianInterval:
+    def test_coverage(self) -> None:
+        covered = 0
+        for values in rng().exponential(1.0, (2000, 31)):
+            _, low, high = stats.median_interval(values)
+            covered += low <= math.log(2) <= high
+        assert 0.94 <= covered / 2000 <= 0.985
+
+    def test_small_samples_have_no_bounds(self) -> None:
+        median, low, high = stats.median_interval([3, 1, 2, np.nan])
+        assert median == 2
+        assert math.isnan(low) and math.isnan(high)
+
+    def test_six_values_span_their_range(self) -> None:
+        assert stats.median_interval([1, 2, 3, 4, 5, 6]) == (3.5, 1, 6)
+
+    def test_nothing(self) -> None:
+        assert all(math.isnan(part) for part in stats.median_interval([]))
+
+
+class TestRatioOfSums:
+    def test_equals_scipy(self) -> None:
+        source = rng()
+        top, bottom = source.exponential(size=40), source.uniform(0.5, 1.0, 40)
+        found = stats.ratio_of_sums(top, bottom, resamples=400, seed=5)
+        expected = scipy_stats.bootstrap(
+            (top, bottom),
+            lambda a, b, axis=-1: a.sum(axis=axis) / b.sum(axis=axis),
+            paired=True,
+            n_resamples=400,
+            method="BCa",
+            rng=rng(5),
+        ).confidence_interval
+        assert (found.low[0], found.high[0]) == pytest.approx((expected.low, expected.high), rel=1e-9)
+
+    def test_one_image(self) -> None:
+        found = stats.ratio_of_sums([1.0], [4.0])
+        assert found.value[0] == 0.25
+        assert math.isnan(found.low[0])
+
+    def test_constant_ratio(self) -> None:
+        found = stats.ratio_of_sums([1.0, 2.0, 3.0], [2.0, 4.0, 6.0])
+        assert (found.value[0], found.low[0], found.high[0]) == pytest.approx((0.5, 0.5, 0.5))
+
+
+class TestCalibration:
+    def test_definition(self) -> None:
+        scores, null = rng(1).normal(3, 1, (2, 50)), rng(2).normal(0, 1, 50)
+        found = stats.calibration(scores, null)
+        difference = scores - null
+        assert found.value == pytest.approx(difference.mean(axis=1) / difference.std(axis=1, ddof=1))
+        assert (found.low < found.value).all() and (found.value < found.high).all()
+
+    def test_orientation(self) -> None:
+        scores, null = rng(1).normal(3, 1, 50), np.zeros(50)
+        assert stats.calibration(scores, null, False).value == -stats.calibration(scores, null).value
+
+    def test_equals_scipy(self) -> None:
+        difference = rng(4).exponential(size=40)
+        found = stats.calibration(difference, np.zeros(40), resamples=400, seed=2)
+        expected = scipy_stats.bootstrap(
+            (difference,),
+            lambda d, axis=-1: d.mean(axis=axis) / d.std(axis=axis, ddof=1),
+            n_resamples=400,
+            method="BCa",
+            rng=rng(2),
+        ).confidence_interval
+        assert (found.low[0], found.high[0]) == pytest.approx((expected.low, expected.high), rel=1e-8)
+
+    def test_does_not_grow_with_n(self) -> None:
+        source = rng()
+        small = stats.calibration(source.normal(1, 1, 200), np.zeros(200)).value[0]
+        large = stats.calibration(source.normal(1, 1, 20_000), np.zeros(20_000), resamples=50).value[0]
+        assert small == pytest.approx(large, abs=0.25)
+
+    @pytest.mark.parametrize("values", [[5.0], [5.0, 5.0, 5.0], [0.0, 0.0]])
+    def test_undefined_without_variation(self, values: list[float]) -> None:
+        assert np.isnan(np.concatenate(stats.calibration(values, np.zeros(len(values))))).all()
+
+    def test_coverage(self) -> None:
+        found = stats.calibration(rng().normal(0.5, 1.0, (2000, 100)), np.zeros(100), resamples=600)
+        assert ((found.low <= 0.5) & (0.5 <= found.high)).mean() == pytest.approx(0.95, abs=0.02)
+
+
+class TestSignFlip:
+    def test_equals_all_flips(self) -> None:
+        differences = [3.0, -1.0, 4.0, 1.5, -0.5, 9.0, 2.0, 6.0]
+        found = stats.sign_flip_test(differences, resamples=40_000)
+        assert found == pytest.approx(slow_stats.sign_flip_p(differences), abs=0.005)
+
+    def test_agrees_with_scipy(self) -> None:
+        differences = rng(8).normal(0.3, 1.0, 60)
+        expected = scipy_stats.permutation_test(
+            (differences,),
+            lambda d, axis=-1: d.mean(axis=axis),
+            permutation_type="samples",
+            n_resamples=20_000,
+            rng=rng(1),
+        ).pvalue
+        assert stats.sign_flip_test(differences, 20_000) == pytest.approx(expected, abs=0.01)
+
+    def test_same_method_twice_gives_uniform_p(self) -> None:
+        source = rng()
+        p = [stats.sign_flip_test(source.exponential(size=40) - source.exponential(size=40), 499, seed)
+             for seed in range(500)]  # fmt: skip
+        assert scipy_stats.kstest(p, "uniform").pvalue > 0.01
+
+    def test_nothing_differs(self) -> None:
+        assert stats.sign_flip_test(np.zeros(20), 99) == 1.0
+
+    def test_no_images(self) -> None:
+        assert math.isnan(stats.sign_flip_test([math.nan]))
+
+    def test_never_zero(self) -> None:
+        assert stats.sign_flip_test(np.ones(60), 99) == pytest.approx(0.01)
+
+    def test_sign_does_not_matter(self) -> None:
+        differences = rng().normal(0.2, 1, 50)
+        assert stats.sign_flip_test(differences) == stats.sign_flip_test(-differences)
+
+
+class TestDetectableDifference:
+    @pytest.mark.parametrize("n", [2, 3, 10, 128, 5000])
+    def test_power_of_a_t_test(self, n: int) -> None:
+        shift = stats.detectable_difference(1.0, n) * math.sqrt(n)
+        power = scipy_stats.nct.sf(scipy_stats.t.ppf(0.975, n - 1), n - 1, shift)
+        assert power == pytest.approx(0.8, abs=1e-6)
+
+    def test_textbook_limit(self) -> None:
+        assert stats.detectable_difference(1.0, 10_000) == pytest.approx(2.8016 / 100, rel=1e-3)
+
+    def test_by_simulation(self) -> None:
+        shift = stats.detectable_difference(4.0, 50)
+        draws = rng().normal(shift, 4.0, (4000, 50))
+        assert (scipy_stats.ttest_1samp(draws, 0, axis=1).pvalue < 0.05).mean() == pytest.approx(
+            0.8, abs=0.02
+        )
+
+    def test_from_differences(self) -> None:
+        differences = rng().normal(size=30)
+        expected = stats.detectable_difference(float(differences.std(ddof=1)), 30)
+        assert stats.detectable_difference(differences) == pytest.approx(expected)
+
+    def test_one_image(self) -> None:
+        assert math.isnan(stats.detectable_difference([1.0]))
+
+    def test_no_spread(self) -> None:
+        assert stats.detectable_difference(np.full(9, 2.0)) == 0.0
+
+
+class TestWin:
+    def test_slow_rewrite(self) -> None:
+        drops = rng().integers(0, 5, (6, 40)).astype(float)
+        found = stats.paired_win(drops).mean(axis=1)
+        assert found == pytest.approx([slow_stats.win(drops, method) for method in range(6)])
+
+    def test_sums_to_half_the_methods(self) -> None:
+        drops = rng().integers(0, 3, (7, 25)).astype(float)
+        assert stats.paired_win(drops).mean(axis=1).sum() == pytest.approx(3.5)
+
+    def test_alone(self) -> None:
+        assert np.isnan(stats.paired_win([[1.0, 2.0]])).all()
+
+    def test_smallest_share(self) -> None:
+        found = stats.smallest_share([[0.0, 1.0], [0.0, 2.0], [3.0, 9.0]])
+        assert found.tolist() == [[0.5, 1.0], [0.5, 0.0], [0.0, 0.0]]
+
+
+class TestRankIntervals:
+    def test_slow_rewrite(self) -> None:
+        source = rng()
+        values = source.integers(0, 19, (5, 40)) * 5.0 + np.array([[0], [5], [9], [20], [20]])
+        values[4, 2:] = values[3, 2:]  # differs on two images only: out of the family
+        found = stats.rank_intervals(values, resamples=400, seed=6)
+        assert np.array_equal(found.better, slow_stats.better_pairs(values, 0.95, 400, 6))
+        assert not found.decided[3, 4]
+
+    def test_separated_methods_are_told_apart(self) -> None:
+        values = rng().normal(size=(5, 100)) + np.array([[2.0], [0.0], [4.0], [1.0], [3.0]])
+        found = stats.rank_intervals(values)
+        assert found.rank.tolist() == [3, 5, 1, 4, 2]
+        assert found.low.tolist() == found.high.tolist() == found.rank.tolist()
+
+    def test_lower_is_better(self) -> None:
+        values = rng().normal(size=(3, 60)) + np.array([[2.0], [0.0], [4.0]])
+        assert stats.rank_intervals(values, higher_is_better=False).rank.tolist() == [2, 1, 3]
+
+    @pytest.mark.parametrize("n", [40, 120])
+    def test_family_wise_error(self, n: int) -> None:
+        source, wrong = rng(), 0
+        for trial in range(400):
+            shared = source.normal(0, 2, n)
+            values = shared + source.normal(0, 1, (6, n))
+            wrong += stats.rank_intervals(values, resamples=300, seed=trial).better.any()
+        assert wrong / 400 <= 0.075  # 5%, and two standard errors of 400 trials
+
+    def test_identical_methods_share_a_rank(self) -> None:
+        values = np.tile(rng().normal(size=30), (3, 1))
+        found = stats.rank_intervals(values)
+        assert found.rank.tolist() == [1, 1, 1]
+        assert found.low.tolist() == [1, 1, 1]
+        assert found.high.tolist() == [3, 3, 3]
+
+    def test_near_copies_do_not_hide_the_rest(self) -> None:
+        values = rng().normal(size=(3, 100))
+        values[1] = values[0]
+        values[1, 0] += 5
+        values[2] += 5
+        found = stats.rank_intervals(values)
+        assert found.better[2, 0] and found.better[2, 1]
+        assert not found.decided[0, 1]
+
+    def test_constant_difference(self) -> None:
+        values = rng().integers(0, 9, 20).astype(float)
+        assert stats.rank_intervals([values, values + 5]).better[1, 0]
+        assert not stats.rank_intervals([values[:4], values[:4] + 5]).decided.any()
+
+    @pytest.mark.parametrize("shape", [(1, 10), (3, 1), (3, 0)])
+    def test_too_little_to_decide(self, shape: tuple[int, int]) -> None:
+        found = stats.rank_intervals(rng().normal(size=shape))
+        assert found.low.tolist() == [1] * shape[0]
+        assert found.high.tolist() == [shape[0]] * shape[0]
+
+    def test_refuses_nan(self) -> None:
+        with pytest.raises(ValueError, match="shared images"):
+            stats.rank_intervals([[1.0, math.nan], [1.0, 2.0]])
+
+    @settings(max_examples=30, deadline=None)
+    @given(hnp.arrays(np.float64, st.tuples(st.integers(2, 5), st.integers(2, 25)),
+                      elements=st.integers(0, 18).map(lambda k: 5.0 * k)))  # fmt: skip
+    def test_ranks_lie_in_their_intervals(self, values: np.ndarray) -> None:
+        found = stats.rank_intervals(values, resamples=100)
+        assert ((found.low <= found.rank) & (found.rank <= found.high)).all()
+        assert not (found.better & found.better.T).any()
+
+
+class TestLetterGroups:
+    def test_chain_is_not_transitive(self) -> None:
+        decided = np.zeros((3, 3), bool)
+        decided[0, 2] = decided[2, 0] = True
+        assert stats.letter_groups(decided) == ["a", "ab", "b"]
+
+    def test_all_differ(self) -> None:
+        assert stats.letter_groups(~np.eye(3, dtype=bool)) == ["a", "b", "c"]
+
+    def test_none_differ(self) -> None:
+        assert stats.letter_groups(np.zeros((3, 3))) == ["a", "a", "a"]
+
+    def test_more_than_the_alphabet(self) -> None:
+        letters = stats.letter_groups(~np.eye(30, dtype=bool))
+        assert letters[25:28] == ["z", "a1", "b1"]
+
+    def test_nobody(self) -> None:
+        assert stats.letter_groups(np.zeros((0, 0))) == []
+
+    @settings(max_examples=100, deadline=None)
+    @given(st.integers(2, 7).flatmap(lambda m: hnp.arrays(np.bool_, (m, m))))
+    def test_a_letter_is_shared_exactly_where_undecided(self, drawn: np.ndarray) -> None:
+        decided = np.triu(drawn, 1) | np.triu(drawn, 1).T
+        letters = [set(word) for word in stats.letter_groups(decided)]
+        for i in range(len(decided)):
+            for j in range(i + 1, len(decided)):
+                assert bool(letters[i] & letters[j]) == (not decided[i, j])
