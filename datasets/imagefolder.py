@@ -1,0 +1,379 @@
+"""Images of one's own: a folder for each class, or a CSV that lists the files."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path, PurePath
+from typing import TYPE_CHECKING, Any
+
+from faithmap import dataset
+from faithmap.errors import DataError, RequestError, nearest
+from faithmap.records import Sample, SampleList, digest
+
+if TYPE_CHECKING:
+    import PIL.Image
+    import torch
+
+SUFFIXES = frozenset((".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"))
+BOX_FORM = "'x0,y0,x1,y1' in pixels of the stored image with x0 <= x1 and y0 <= y1, several joined by ';'"
+#: Labels beyond this get no entry in the list of names, which is as long as the largest label.
+MOST_CLASSES = 100_000
+#: The EXIF tag that says how a viewer turns the stored image.
+ORIENTATION = 0x0112
+
+Box = tuple[float, float, float, float]
+
+
+@dataset(
+    version=1,
+    source="image files on this machine",
+    license="that of the files",
+    gives={"label", "box"},
+)
+def imagefolder(
+    *,
+    root: str | Path | None = None,
+    index: str | Path | None = None,
+    class_map: str | Path | None = None,
+    split: str | None = None,
+) -> Iterable[Sample]:
+    """Images in class folders, or listed in a CSV, with boxes where the CSV has them.
+
+    Without `index`, each folder in `root` is a class, its label the folder's place in the sorted
+    names, its images all that lie in it at any depth. The revision is a digest of the paths, sizes,
+    labels and boxes; ids are the paths below `root`.
+
+    Args:
+        root: the folder of the class folders, or that the paths of `index` start from; by default
+            the folder of `index`.
+        index: a CSV with the columns `path, label` and optionally `name`, `boxes` (`x0,y0,x1,y1` in
+            pixels of the stored image, before any EXIF rotation; several joined by `;`) and `split`.
+        class_map: a JSON object `{name: class}` or a CSV whose column `label` is the model's class
+            and whose other columns are names; it says which of the model's classes a folder, or a
+            word in the column `label` of `index`, stands for.
+        split: a folder below `root` that holds the class folders; with `index`, the value of its
+            column `split` that is wanted.
+
+    Raises:
+        RequestError: a folder, file, column or class is missing, a label or box is malformed, or a
+            path occurs twice. A file that cannot be read raises `DataError`, only when it is loaded.
+    """
+    classes = ClassMap.read(Path(class_map).expanduser()) if class_map is not None else None
+    if index is not None:
+        file = Path(index).expanduser()
+        base = Path(root).expanduser() if root is not None else file.parent
+        entries = _listed(file, base, classes, split)
+    elif root is not None:
+        base = Path(root).expanduser()
+        entries = _in_folders(base, classes, split)
+    else:
+        raise RequestError(
+            "dataset 'imagefolder' was given neither root nor index; give root = a folder of class folders, "
+            "or index = a CSV with the columns path and label"
+        )
+    return _samples(base, entries)
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One image as folders or CSV describe it."""
+
+    id: str
+    path: Path
+    label: int
+    name: str
+    boxes: tuple[Box, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Picture:
+    """An image file, read when it is due."""
+
+    path: Path
+    boxes: tuple[Box, ...] = ()
+
+    def image(self) -> PIL.Image.Image:
+        """The image upright and in RGB.
+
+        Raises:
+            DataError: the file is missing, broken, or of a kind without a clear meaning in RGB.
+        """
+        import PIL.Image
+        import PIL.ImageOps
+
+        try:
+            with PIL.Image.open(self.path) as stored:
+                return _to_rgb(PIL.ImageOps.exif_transpose(stored))
+        except DataError as error:
+            raise DataError(f"{self.path}: {error}") from error
+        except Exception as error:
+            raise DataError(f"{self.path} cannot be read as an image: {error}") from error
+
+    def upright_boxes(self) -> torch.Tensor:
+        """The boxes (K, 4) in pixels of the upright image."""
+        import PIL.Image
+        import torch
+
+        try:
+            with PIL.Image.open(self.path) as stored:
+                turn, size = stored.getexif().get(ORIENTATION, 1), stored.size
+        except Exception as error:
+            raise DataError(f"{self.path} cannot be read as an image: {error}") from error
+        return torch.tensor([_turned(box, turn, size) for box in self.boxes], dtype=torch.float32)
+
+
+def _to_rgb(image: PIL.Image.Image) -> PIL.Image.Image:
+    """Show an image as a viewer would: see-through parts on white, 16 bits scaled down to 8."""
+    import numpy as np
+    import PIL.Image
+
+    if image.mode == "I" or image.mode.startswith("I;16"):
+        values = np.asarray(image)
+        if values.size and not 0 <= values.min() <= values.max() <= 65535:
+            raise DataError(
+                f"its grey values go from {values.min()} to {values.max()}, expected 0 to 65535; "
+                "store 8 or 16 bits"
+            )
+        # 257 takes 65535 to 255; Pillow's own conversion would clip everything above 255 to white.
+        return PIL.Image.fromarray(np.round(values / 257).astype(np.uint8)).convert("RGB")
+    if image.mode == "F":
+        raise DataError("its pixels are floating-point numbers of unknown range; store 8 or 16 bits")
+    if image.has_transparency_data:
+        layer = image.convert("RGBA")
+        paper = PIL.Image.new("RGBA", layer.size, "white")
+        return PIL.Image.alpha_composite(paper, layer).convert("RGB")
+    return image.convert("RGB")
+
+
+def _turned(box: Box, turn: int, size: tuple[int, int]) -> Box:
+    """Move a box with the turn that EXIF asks for; `size` is the stored (width, height)."""
+    width, height = size
+    x0, y0, x1, y1 = box
+    if turn in (2, 3):  # left and right change places
+        x0, x1 = width - x1, width - x0
+    if turn in (3, 4):  # top and bottom change places
+        y0, y1 = height - y1, height - y0
+    if turn == 5:
+        return y0, x0, y1, x1
+    if turn == 6:
+        return height - y1, x0, height - y0, x1
+    if turn == 7:
+        return height - y1, width - x1, height - y0, width - x0
+    if turn == 8:
+        return y0, width - x1, y1, width - x0
+    return x0, y0, x1, y1
+
+
+@dataclass(frozen=True, slots=True)
+class ClassMap:
+    """Names of classes with the model's class indices; a name may be ambiguous until it is used."""
+
+    file: Path
+    classes: Mapping[str, frozenset[int]]
+
+    @classmethod
+    def read(cls, file: Path) -> ClassMap:
+        """Read a class map from JSON or CSV."""
+        pairs = _json_pairs(file) if file.suffix.lower() == ".json" else _csv_pairs(file)
+        classes: dict[str, set[int]] = {}
+        for name, index in pairs:
+            classes.setdefault(name, set()).add(index)
+        return cls(file, {name: frozenset(indices) for name, indices in classes.items()})
+
+    def __getitem__(self, name: str) -> int:
+        found = self.classes.get(name)
+        if found is None:
+            raise RequestError(
+                f"class map {self.file} has no class '{name}'; {nearest(name, self.classes)} - add it"
+            )
+        if len(found) > 1:
+            raise RequestError(
+                f"class map {self.file} gives '{name}' the classes {sorted(found)}; "
+                "use a name that has only one"
+            )
+        return min(found)
+
+
+def _json_pairs(file: Path) -> Iterator[tuple[str, int]]:
+    try:
+        content = json.loads(_text(file, "class map"))
+    except json.JSONDecodeError as error:
+        raise RequestError(
+            f"class map {file} is not JSON: {error}; expected {{name: class index}}"
+        ) from error
+    if not isinstance(content, dict) or not content:
+        raise RequestError(f"class map {file} holds no classes; expected a JSON object {{name: class index}}")
+    for name, index in content.items():
+        if not isinstance(index, int) or isinstance(index, bool) or index < 0:
+            raise RequestError(
+                f"class map {file}: '{name}' has the class {index!r}; expected an integer from 0 on"
+            )
+        yield name, index
+
+
+def _csv_pairs(file: Path) -> Iterator[tuple[str, int]]:
+    for line, row in _rows(file, "class map", ("label",)):
+        index = _label(row["label"], f"class map {file}, line {line}")
+        yield from ((name, index) for column, name in row.items() if column != "label" and name)
+
+
+def _in_folders(root: Path, classes: ClassMap | None, split: str | None) -> list[Entry]:
+    top = root / split if split else root
+    if not root.is_dir() or not top.is_dir():
+        beside = [path.name for path in root.iterdir() if path.is_dir()] if root.is_dir() else []
+        hint = f"; {nearest(split or '', beside)}" if beside else ""
+        raise RequestError(
+            f"no such folder: {top}{hint}; give root = a folder that holds a folder for each class"
+        )
+    folders = sorted(path for path in top.iterdir() if path.is_dir() and not path.name.startswith("."))
+    if not folders:
+        raise RequestError(
+            f"{top} holds no class folders; put the images of each class into a folder of its own"
+        )
+    entries = []
+    for place, folder in enumerate(folders):
+        files = sorted(
+            path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file()
+        )
+        # A folder without images needs no class, but keeps its place among the labels.
+        label = classes[folder.name] if classes is not None and files else place
+        entries += [Entry(file.relative_to(root).as_posix(), file, label, folder.name, ()) for file in files]
+    if not entries:
+        endings = ", ".join(sorted(SUFFIXES))
+        raise RequestError(
+            f"the {len(folders)} class folders of {top} hold no images; expected files in {endings}"
+        )
+    return entries
+
+
+def _listed(file: Path, root: Path, classes: ClassMap | None, split: str | None) -> list[Entry]:
+    needed = ("path", "label", "split") if split else ("path", "label")
+    if not root.is_dir():
+        raise RequestError(
+            f"no such folder: {root}; give root = the folder that the paths of {file} start from"
+        )
+    entries: dict[str, Entry] = {}
+    for line, row in _rows(file, "index", needed):
+        if split and row["split"] != split:
+            continue
+        where = f"index {file}, line {line}"
+        path = _path_id(row["path"], root, where)
+        if path in entries:
+            raise RequestError(f"{where}: the path '{path}' occurs twice; list every image once")
+        label = classes[row["label"]] if classes is not None else _label(row["label"], where)
+        name = row.get("name", "") or (row["label"] if classes is not None else "")
+        entries[path] = Entry(path, root / path, label, name, _boxes(row.get("boxes", ""), where))
+    if not entries:
+        wanted = f" of split '{split}'" if split else ""
+        raise RequestError(f"index {file} lists no images{wanted}; expected a line for each image")
+    return list(entries.values())
+
+
+def _path_id(text: str, root: Path, where: str) -> str:
+    """A path of the index as an id: below the root, with forward slashes."""
+    if not text:
+        raise RequestError(f"{where}: the path is blank; give each image's path below {root}")
+    path = PurePath(os.path.normpath(text))
+    if path.is_absolute():
+        try:
+            path = path.relative_to(root.absolute())
+        except ValueError:
+            raise RequestError(
+                f"{where}: the path '{text}' does not lie in {root}; give paths relative to root"
+            ) from None
+    return path.as_posix()
+
+
+def _label(text: str, where: str) -> int:
+    if not (text.isascii() and text.isdigit()):
+        raise RequestError(
+            f"{where}: the label '{text}' is no class index; expected an integer from 0 on, "
+            "or give class_map, which says what class a word stands for"
+        )
+    return int(text)
+
+
+def _boxes(text: str, where: str) -> tuple[Box, ...]:
+    boxes = []
+    for part in text.split(";") if text else ():
+        try:
+            x0, y0, x1, y1 = (float(number) for number in part.split(","))
+        except ValueError:
+            raise RequestError(f"{where}: malformed box '{part}'; expected {BOX_FORM}") from None
+        # Boxes without an area occur in published data (Tiny-ImageNet's at the border); they hold nothing.
+        if not (all(map(math.isfinite, (x0, y0, x1, y1))) and x0 <= x1 and y0 <= y1):
+            raise RequestError(f"{where}: malformed box '{part}'; expected {BOX_FORM}")
+        boxes.append((x0, y0, x1, y1))
+    return tuple(boxes)
+
+
+def _rows(file: Path, what: str, needed: tuple[str, ...]) -> Iterator[tuple[int, dict[str, str]]]:
+    """The rows of a CSV with the line each ends on, blanks around values removed."""
+    reader = csv.DictReader(io.StringIO(_text(file, what), newline=""))
+    columns = [column.strip() for column in reader.fieldnames or ()]
+    missing = [column for column in needed if column not in columns]
+    if missing:
+        raise RequestError(
+            f"{what} {file} has no column '{missing[0]}'; its columns are {', '.join(columns) or 'none'}, "
+            f"expected {', '.join(needed)}"
+        )
+    reader.fieldnames = columns
+    for row in reader:
+        values: Mapping[Any, Any] = row
+        if None in values or None in values.values():
+            raise RequestError(
+                f"{what} {file}, line {reader.line_num}: expected {len(columns)} values as in the first "
+                "line; put a value that holds commas in double quotes"
+            )
+        yield reader.line_num, {column: value.strip() for column, value in row.items()}
+
+
+def _text(file: Path, what: str) -> str:
+    if not file.is_file():
+        raise RequestError(f"no such file: {file}; give the path of the {what}")
+    try:
+        return file.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise RequestError(f"{what} {file} is not UTF-8: {error}; save it as UTF-8") from error
+
+
+def _samples(root: Path, entries: list[Entry]) -> SampleList:
+    sizes = {entry.id: _size(entry.path) for entry in entries}
+    if all(size is None for size in sizes.values()):
+        below = [folder for folder in root.iterdir() if (folder / entries[0].id).is_file()]
+        raise RequestError(
+            f"none of the {len(entries)} listed images lies in {root}, '{entries[0].id}' for one; "
+            f"give root = {below[0] if below else 'the folder that the paths start from'}"
+        )
+    content = sorted((entry.id, sizes[entry.id], entry.label, entry.boxes) for entry in entries)
+    names = {entry.label: entry.name for entry in entries if entry.name and entry.label < MOST_CLASSES}
+    return SampleList(
+        (_sample(entry) for entry in entries),
+        revision=digest(content),
+        class_names=[names.get(label, "") for label in range(max(names) + 1)] if names else None,
+    )
+
+
+def _size(file: Path) -> int | None:
+    """Bytes of a file; None where there is none, which is for `Picture.image` to report."""
+    try:
+        return file.stat().st_size
+    except OSError:
+        return None
+
+
+def _sample(entry: Entry) -> Sample:
+    picture = Picture(entry.path, entry.boxes)
+    return Sample(
+        id=entry.id,
+        image=picture.image,
+        label=entry.label,
+        boxes=picture.upright_boxes if entry.boxes else None,
+        name=entry.name,
+    )
