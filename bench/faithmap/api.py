@@ -169,8 +169,8 @@ def _batch(
         raise RequestError(f"images are {shape}; expected a float tensor (B, 3, H, W), RGB in [0, 1]")
     if not images.is_floating_point() or bool((images < 0).any()) or bool((images > 1).any()):
         raise RequestError(
-            f"images are {images.dtype} from {float(images.min()):g} to {float(images.max()):g}; expected floats in "
-            "[0, 1] (divide bytes by 255; do not normalise, the model does)"
+            f"images are {images.dtype} from {float(images.min()):g} to {float(images.max()):g}; "
+            "expected floats in [0, 1] (divide bytes by 255; do not normalise, the model does)"
         )
     placed = images.to(model.device, torch.float32)
     count = len(placed)

@@ -114,11 +114,9 @@ def _same_params(column: object, params: dict[str, object]) -> object:
     """Rows whose parameters are these, a null's draw and a moved map's null aside."""
     import json
 
-    wanted = {key: value for key, value in params.items()}
-
     def same(text: str) -> bool:
         held = {key: value for key, value in json.loads(text).items() if key not in ("draw", "null")}
-        return held == json.loads(json.dumps(wanted))
+        return held == json.loads(json.dumps(params))
 
     return column.map(same)  # type: ignore[attr-defined]
 

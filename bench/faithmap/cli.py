@@ -205,9 +205,8 @@ def _number(text: str | None) -> Any:
     return int(text) if text is not None and text.lstrip("-").isdigit() else text
 
 
-def _exit(code: int) -> None:
-    if code:
-        raise typer.Exit(code)
+def _exit(code: int) -> NoReturn:
+    raise typer.Exit(code)
 
 
 if __name__ == "__main__":

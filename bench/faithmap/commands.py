@@ -71,8 +71,8 @@ def dry_run(config: Config, console: Console) -> int:
     for line in plan.lines:
         console.print(line, markup=False, highlight=False, soft_wrap=True)
     console.print(
-        f"in all {plan.units} units, about {plan.forwards:,.0f} images forwarded, {progress.clock(plan.seconds)} "
-        "(measured on two images of each model and dataset)",
+        f"in all {plan.units} units, about {plan.forwards:,.0f} images forwarded, "
+        f"{progress.clock(plan.seconds)} (measured on two images of each model and dataset)",
         highlight=False,
         soft_wrap=True,
     )

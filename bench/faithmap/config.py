@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import tomllib
 from collections.abc import Iterable, Mapping
@@ -95,7 +96,7 @@ class Config(BaseModel):
         return self._replace(run=_settings({**self.run.model_dump(), **given}, "flags"))
 
     def with_lists(self, **lists: Iterable[str | Spec] | None) -> Config:
-        """The same request with other models, datasets, explainers or metrics; None leaves a list as it is."""
+        """The same request with other lists of models, datasets, explainers or metrics; None leaves one."""
         given = {
             key: unique(tuple(parse_spec(item) for item in items), key)
             for key, items in lists.items()
@@ -240,17 +241,25 @@ def _short(value: Any) -> str:
 
 
 def located(spec: Spec) -> tuple[str, dict[str, Any]]:
-    """A spec's name and parameters with relative paths made relative to the file they came from."""
-    if spec.base is None:
-        return spec.name, dict(spec.params)
-    base = spec.base
+    """A spec's name and parameters with its paths made ready to open.
+
+    `~` and `$VARIABLE` are filled in, and relative paths are taken from the file that they stand in.
+    """
     params = {
-        key: str(base / Path(value).expanduser()) if key in PATH_KEYS and isinstance(value, str) else value
+        key: _place(value, spec.base) if key in PATH_KEYS and isinstance(value, str) else value
         for key, value in spec.params.items()
     }
     file, _, function = spec.name.rpartition(":")
-    name = f"{base / Path(file).expanduser()}:{function}" if file.endswith(".py") else spec.name
+    name = f"{_place(file, spec.base)}:{function}" if file.endswith(".py") else spec.name
     return name, params
+
+
+def _place(text: str, base: Path | None) -> str:
+    filled = os.path.expandvars(text)
+    if "$" in filled:
+        raise RequestError(f"the path {text} names a variable that is not set; set it, or write the path out")
+    path = Path(filled).expanduser()
+    return str(path if base is None else base / path)
 
 
 def split_list(text: str) -> list[str]:

@@ -62,7 +62,8 @@ class Context:
             if name not in self._graphs:
                 self._capture(name)
             leaf, logits = self._graphs.pop(name)
-            chosen = logits.gather(1, targets.view(-1, 1)).sum()
+            with torch.enable_grad():  # whoever asks may have switched gradients off
+                chosen = logits.gather(1, targets.view(-1, 1)).sum()
             (gradient,) = torch.autograd.grad(chosen, leaf, allow_unused=True)
             self._gradients[key] = torch.zeros_like(leaf) if gradient is None else gradient
         return self.model.features(self._gradients[key], layer)

@@ -36,7 +36,7 @@ class LoadedDataset:
 
     @property
     def key(self) -> str:
-        """Content key of the data: plugin, version, revision and parameters; where they lie is no part of it."""
+        """Content key: plugin, version, revision and parameters; where the data lie is no part of it."""
         params = {key: value for key, value in self.params.items() if key not in PATH_KEYS}
         return digest(self.plugin.name, self.plugin.facts.version, self.revision, params)
 
@@ -115,9 +115,9 @@ def check_labels(dataset: LoadedDataset, samples: Sequence[Sample], model: Model
     for sample in samples:
         if sample.label is not None and not 0 <= sample.label < model.num_classes:
             raise RequestError(
-                f"dataset '{dataset.label}': image '{sample.id}' has label {sample.label}, out of range for model "
-                f"'{model.name}', which has {model.num_classes} classes (0 to {model.num_classes - 1}); "
-                "give a class map, or a model of these classes"
+                f"dataset '{dataset.label}': image '{sample.id}' has label {sample.label}, out of range for "
+                f"model '{model.name}', which has {model.num_classes} classes (0 to "
+                f"{model.num_classes - 1}); give a class map, or a model of these classes"
             )
 
 

@@ -35,9 +35,10 @@ def report(console: Console) -> int:
     here = Path.cwd()
     other = (here / "bench" / "faithmap").is_dir() and checkout() != here.resolve()
     if other:
+        used = Path(faithmap.__file__).parent
         faults.append(
-            f"the working directory is a checkout of faithmap, but the package in use is {Path(faithmap.__file__).parent}; "
-            "changes here have no effect: pip install -c constraints.txt -e ."
+            f"the working directory is a checkout of faithmap, but the package in use is {used}; changes "
+            "here have no effect: pip install -c constraints.txt -e ."
         )
     for name, value in lines:
         console.print(f"{name:<14}{value}", markup=False, highlight=False, soft_wrap=True)

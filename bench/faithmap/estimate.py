@@ -42,8 +42,8 @@ def estimate(config: Config) -> Estimate:
         units = len(group.tasks) * len(group.shards)
         forwards, seconds = _measure(group)
         line = (
-            f"{group.model.name} x {group.dataset}: {images} images, {len(group.tasks)} cells, {units} units, "
-            f"{forwards:,.0f} forwards and {1000 * seconds:,.0f} ms an image"
+            f"{group.model.name} x {group.dataset}: {images} images, {len(group.tasks)} cells, "
+            f"{units} units, {forwards:,.0f} forwards and {1000 * seconds:,.0f} ms an image"
         )
         total = Estimate(
             [*total.lines, line],

@@ -97,7 +97,8 @@ def as_maps(name: str, maps: Any, batch: Batch) -> Tensor:
         raise PluginError(f"explainer '{name}' returned a {type(maps).__name__}; {expected}")
     if maps.ndim != 3 or len(maps) != len(batch) or min(maps.shape[1:]) < 2:
         raise PluginError(
-            f"explainer '{name}' returned {tuple(maps.shape)} for images {tuple(batch.images.shape)}; {expected}"
+            f"explainer '{name}' returned {tuple(maps.shape)} for images {tuple(batch.images.shape)}; "
+            f"{expected}"
         )
     return maps.detach().to(batch.images.device, torch.float32)
 

@@ -101,7 +101,7 @@ def find_anatomy(
     outputs, logits = _trace(module, example)
     if logits.ndim != 2:
         raise RequestError(
-            f"the model returns a tensor of shape {tuple(logits.shape)}; expected logits of shape (B, classes)"
+            f"the model returns a tensor of shape {tuple(logits.shape)}; expected logits (B, classes)"
         )
     if layer is None:
         layer, reshape = _last_map(outputs, reshape)

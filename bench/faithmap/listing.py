@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -69,7 +70,7 @@ def _preset(name: str) -> dict[str, Any]:
     content = config.model_dump(mode="json")
     return {
         "name": name,
-        "summary": f"{len(config.models)} models x {len(config.datasets)} datasets x {len(config.explainers)} explainers",
+        "summary": " x ".join(f"{len(content[key])} {key}" for key in ("models", "datasets", "explainers")),
         **{
             key: [entry["name"] for entry in content[key]]
             for key in ("models", "datasets", "explainers", "metrics")
@@ -100,14 +101,18 @@ def show(kind: str, as_json: bool, console: Console, errors: Console) -> int:
     """Print a list; 1 where a plugin file could not be loaded."""
     found = entries(kind)
     if as_json:
-        print(json.dumps(found, indent=2, ensure_ascii=False, default=str))
+        # Not through rich, which would wrap long lines.
+        sys.stdout.write(json.dumps(found, indent=2, ensure_ascii=False, default=str) + "\n")
     else:
         table = Table("name", "what it is", "parameters", box=None, header_style="bold", pad_edge=False)
         for entry in found:
             params = ", ".join(f"{key}={value}" for key, value in entry.get("params", {}).items())
             table.add_row(entry["name"], entry["summary"], params)
         console.print(table, markup=False, highlight=False)
-    unloaded = registry.broken(kind[:-1]) if kind in ("explainers", "metrics", "datasets") else {}  # type: ignore[arg-type]
+    unloaded = {}
+    for single in registry.KINDS:
+        if kind == f"{single}s":
+            unloaded = registry.broken(single)
     for name, reason in unloaded.items():
         errors.print(f"not loaded: {name}: {reason}", markup=False, highlight=False, soft_wrap=True)
     return 1 if unloaded else 0

@@ -28,7 +28,8 @@ def build(name: str, params: Mapping[str, Any]) -> Model:
     source, _, rest = name.partition("/")
     if source not in SOURCES or not rest:
         raise RequestError(
-            f"unknown model '{name}'; expected timm/NAME, torchvision/NAME, hf/ID, shapes/NAME or file.py:function"
+            f"unknown model '{name}'; expected timm/NAME, torchvision/NAME, hf/ID, shapes/NAME or "
+            "file.py:function"
         )
     for key in params:
         if key not in COMMON_KEYS:
@@ -36,7 +37,8 @@ def build(name: str, params: Mapping[str, Any]) -> Model:
     interpolation = params.get("interpolation")
     if interpolation is not None and interpolation not in INTERPOLATIONS:
         raise RequestError(
-            f"model '{name}', interpolation: got {interpolation!r}; {nearest(str(interpolation), INTERPOLATIONS)}"
+            f"model '{name}', interpolation: got {interpolation!r}; "
+            f"{nearest(str(interpolation), INTERPOLATIONS)}"
         )
     if params.get("weights") and params.get("pretrained"):
         raise RequestError(f"model '{name}': give weights = PATH or pretrained = true, not both")
@@ -111,8 +113,8 @@ def _wants_download(params: Mapping[str, Any]) -> bool:
 def _unavailable(name: str, error: Exception) -> RequestError:
     first = str(error).strip().splitlines()[0][:160] if str(error).strip() else type(error).__name__
     return RequestError(
-        f"the published weights of '{name}' cannot be had ({type(error).__name__}: {first}); give weights = PATH, "
-        "or pretrained = false for random weights"
+        f"the published weights of '{name}' cannot be had ({type(error).__name__}: {first}); "
+        "give weights = PATH, or pretrained = false for random weights"
     )
 
 
@@ -151,7 +153,8 @@ def _torchvision(name: str, params: Mapping[str, Any]) -> tuple[nn.Module, dict[
         raise RequestError(f"torchvision has no classifier '{name}'; {nearest(name, known)}")
     weights = torchvision.models.get_model_weights(name).DEFAULT
     config: dict[str, Any] = {
-        "mean": IMAGENET_MEAN, "std": IMAGENET_STD, "input_size": 224, "crop_pct": 0.875, "interpolation": "bilinear",
+        "mean": IMAGENET_MEAN, "std": IMAGENET_STD, "input_size": 224, "crop_pct": 0.875,
+        "interpolation": "bilinear",
     }  # fmt: skip
     preset = weights.transforms()
     config |= {
@@ -223,7 +226,8 @@ def _shapes(name: str, params: Mapping[str, Any]) -> tuple[nn.Module, dict[str, 
     module = zoo.load(name) if trained else zoo.build(name)
     card = zoo.card(name)
     return module, {
-        "mean": card["mean"], "std": card["std"], "input_size": card["input_size"], "class_names": card["classes"],
+        "mean": card["mean"], "std": card["std"], "input_size": card["input_size"],
+        "class_names": card["classes"],
     }  # fmt: skip
 
 
@@ -250,7 +254,8 @@ def _from_file(file: Path, function: str, params: Mapping[str, Any]) -> Model:
         raise RequestError(f"{target} raised {type(error).__name__}: {error}") from error
     if not isinstance(model, Model):
         raise RequestError(
-            f"{target} returned a {type(model).__name__}; expected faithmap.Model(module, mean=..., std=..., input_size=...)"
+            f"{target} returned a {type(model).__name__}; expected "
+            "faithmap.Model(module, mean=..., std=..., input_size=...)"
         )
     return model
 

@@ -86,6 +86,8 @@ class Model(nn.Module):
         if len(size) != 2 or min(size) < 1:
             raise RequestError(f"input_size is {input_size!r}; expected a side in pixels or (height, width)")
         self.transform = Transform((int(size[0]), int(size[1])), crop_pct, interpolation, crop_mode)
+        self.mean: Tensor
+        self.std: Tensor
         self.register_buffer("mean", _per_channel("mean", mean), persistent=False)
         self.register_buffer("std", _per_channel("std", std), persistent=False)
         if bool((self.std <= 0).any()):
@@ -98,6 +100,7 @@ class Model(nn.Module):
         self._family = family
         self._anatomy: Anatomy | None = None
         self._digest = ""
+        self.eval()
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits (B, classes), float32, of images (B, 3, H, W) in [0, 1]."""
@@ -110,7 +113,8 @@ class Model(nn.Module):
                 logits = self.module(normalised)
         if not isinstance(logits, Tensor):
             raise RequestError(
-                f"model '{self.name}' returns a {type(logits).__name__}; expected a tensor of logits (B, classes)"
+                f"model '{self.name}' returns a {type(logits).__name__}; "
+                "expected a tensor of logits (B, classes)"
             )
         if logits.requires_grad:
             logits.register_hook(self._count_backward)
@@ -123,7 +127,7 @@ class Model(nn.Module):
     @property
     def device(self) -> torch.device:
         """Where the model lives."""
-        return self.mean.device  # type: ignore[no-any-return,union-attr]
+        return self.mean.device
 
     @property
     def input_size(self) -> tuple[int, int]:
@@ -209,7 +213,7 @@ class Model(nn.Module):
                 )
             # Weights alone do not tell two architectures apart (a padding, a stride).
             state.update(repr(self.module).encode())
-            state.update(repr((self.mean.flatten().tolist(), self.std.flatten().tolist())).encode())  # type: ignore[operator,union-attr]
+            state.update(repr((self.mean.flatten().tolist(), self.std.flatten().tolist())).encode())
             state.update(repr((self.transform, self._layer)).encode())
             self._digest = state.hexdigest()[:16]
         return self._digest

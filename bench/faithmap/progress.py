@@ -83,7 +83,8 @@ class Lines:
         self._last = time.monotonic()
         rate = images / max(seconds, 1e-9)
         self._say(
-            f"{self._done}/{self._units} {self._place}, {cell}: {rate:.0f} images/s, {clock(self._clock.left())} left"
+            f"{self._done}/{self._units} {self._place}, {cell}: {rate:.0f} images/s, "
+            f"{clock(self._clock.left())} left"
         )
 
     def end(self) -> None:
@@ -115,7 +116,7 @@ def clock(seconds: float) -> str:
     >>> clock(75), clock(3675)
     ('1:15', '1:01:15')
     """
-    minutes, rest = divmod(int(round(seconds)), 60)
+    minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
 

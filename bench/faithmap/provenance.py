@@ -69,7 +69,7 @@ def command_line() -> str:
 
 def describe_model(model: Model) -> dict[str, Any]:
     """A model's entry in the manifest."""
-    mean, std = model.mean.flatten().tolist(), model.std.flatten().tolist()  # type: ignore[operator,union-attr]
+    mean, std = model.mean.flatten().tolist(), model.std.flatten().tolist()
     return {
         "digest": model.digest(),
         "family": model.family,

@@ -176,8 +176,8 @@ def resolve_settings(grid: Grid, held: Mapping[str, Any] | None) -> dict[str, An
     for key, asked in (("batch_size", run_settings.batch_size), ("threads", run_settings.threads)):
         if asked not in ("auto", None) and asked != held["settings"][key]:
             raise RequestError(
-                f"the folder holds a run of {key} = {held['settings'][key]}, asked for {asked}, which would change "
-                "rows by rounding; leave it out, name another folder with --out, or use --fresh"
+                f"the folder holds a run of {key} = {held['settings'][key]}, asked for {asked}, which would "
+                "change rows by rounding; leave it out, name another folder with --out, or use --fresh"
             )
         resolved[key] = held["settings"][key]
     return resolved

@@ -228,8 +228,8 @@ def skip_rows(heading: Heading, use: MetricUse, samples: Sequence[Sample], reaso
     """Rows for maps that are not defined: a reason, no value, and no forward pass."""
     return [
         Row(
-            **asdict(heading), spec=use.spec, image_id=sample.id, label=sample.label, predicted=None, target=None,
-            metric=score, value=None, status="skipped", reason=reason,
+            **asdict(heading), spec=use.spec, image_id=sample.id, label=sample.label, predicted=None,
+            target=None, metric=score, value=None, status="skipped", reason=reason,
         )
         for score in use.scores
         for sample in samples[: use.facts.sample]
@@ -239,8 +239,8 @@ def skip_rows(heading: Heading, use: MetricUse, samples: Sequence[Sample], reaso
 def unreadable_row(heading: Heading, sample: Sample, reason: str) -> Row:
     """The row of an image that could not be read: it belongs to no explainer and no metric."""
     return Row(
-        **asdict(heading), spec=UNREADABLE, image_id=sample.id, label=sample.label, predicted=None, target=None,
-        metric="", value=None, status="failed", reason=reason,
+        **asdict(heading), spec=UNREADABLE, image_id=sample.id, label=sample.label, predicted=None,
+        target=None, metric="", value=None, status="failed", reason=reason,
     )  # fmt: skip
 
 

@@ -200,5 +200,6 @@ def _read(file: Path, columns: list[str] | None = None) -> pa.Table:
         return pq.read_table(file, columns=columns, partitioning=None)
     except (pa.ArrowException, OSError) as error:
         raise FaithmapError(
-            f"{file} is damaged ({type(error).__name__}); delete it and run again: only its rows are computed anew"
+            f"{file} is damaged ({type(error).__name__}); delete it and run again: "
+            "only its rows are computed anew"
         ) from error

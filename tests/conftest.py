@@ -1,0 +1,84 @@
+"""Small networks and batches that the tests share."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+import faithmap  # noqa: F401  (mends torchvision's operators before anything imports it)
+from faithmap.batch import Batch
+from faithmap.context import Context
+from faithmap.models import Model
+
+SIDE = 32
+
+
+class TinyCNN(nn.Module):
+    """Two convolutions, a ReLU each, mean pooling and a linear head; features 8x8 at 32 pixels."""
+
+    def __init__(self, classes: int = 5, width: int = 6) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(3, width, 3, stride=2, padding=1), nn.ReLU())
+        self.body = nn.Sequential(nn.Conv2d(width, width, 3, stride=2, padding=1), nn.ReLU())
+        self.head = nn.Linear(width, classes)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        features = self.body(self.stem(images))
+        logits: torch.Tensor = self.head(features.mean((2, 3)))
+        return logits
+
+
+def make_cnn(classes: int = 5, seed: int = 0) -> Model:
+    torch.manual_seed(seed)
+    return Model(TinyCNN(classes), mean=0.5, std=0.5, input_size=SIDE, name="tiny-cnn")
+
+
+def make_vit(classes: int = 5, seed: int = 0) -> Model:
+    import timm
+
+    torch.manual_seed(seed)
+    network = timm.create_model("test_vit", num_classes=classes, img_size=SIDE, patch_size=4)
+    # Fresh transformers of timm have nearly constant logits; a larger head makes classes differ.
+    nn.init.normal_(network.head.weight, std=0.5)
+    return Model(network, mean=0.5, std=0.5, input_size=SIDE, name="tiny-vit")
+
+
+def make_batch(model: Model, count: int = 4, seed: int = 1, grid: tuple[int, int] | None = None) -> Batch:
+    """Random images with the predictions as targets, random labels and a mask in the upper left."""
+    generator = torch.Generator().manual_seed(seed)
+    height, width = model.input_size
+    images = torch.rand(count, 3, height, width, generator=generator)
+    context = Context(model, images)
+    masks = torch.zeros(count, height, width, dtype=torch.bool)
+    masks[:, 4:16, 6:20] = True
+    return Batch(
+        images=images,
+        targets=context.logits.argmax(1),
+        ids=tuple(f"image-{i}" for i in range(count)),
+        context=context,
+        labels=torch.randint(0, model.num_classes, (count,), generator=generator),
+        masks=masks,
+        boxes=[torch.tensor([[6.0, 4.0, 20.0, 16.0]]) for _ in range(count)],
+        grid=grid if grid is not None else model.grid,
+    )
+
+
+@pytest.fixture
+def cnn() -> Model:
+    return make_cnn()
+
+
+@pytest.fixture
+def vit() -> Model:
+    return make_vit()
+
+
+@pytest.fixture(params=["cnn", "vit"])
+def model(request: pytest.FixtureRequest) -> Model:
+    return make_cnn() if request.param == "cnn" else make_vit()
+
+
+@pytest.fixture
+def batch(model: Model) -> Batch:
+    return make_batch(model)

@@ -1,0 +1,176 @@
+"""The commands besides `run`, as typed."""
+
+from __future__ import annotations
+
+import io
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import PIL.Image
+import pytest
+from rich.console import Console
+
+import faithmap
+from faithmap import cli, registry
+from faithmap.config import load_config
+
+
+@pytest.fixture
+def typed(monkeypatch: pytest.MonkeyPatch) -> object:
+    """Type a command: its exit code and what it printed, to stdout and to stderr."""
+
+    def run(*words: object) -> tuple[int, str]:
+        stream = io.StringIO()
+        console = Console(file=stream, width=200)
+        monkeypatch.setattr(cli, "OUT", console)
+        monkeypatch.setattr(cli, "ERR", console)
+        return cli.main([str(word) for word in words]), stream.getvalue()
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small finished run on the embedded data with a network of random weights."""
+    folder = tmp_path_factory.mktemp("cli")
+    config = load_config({"run": {"limit": 8, "batch_size": 4, "own_nulls": []}}).with_lists(
+        models=["shapes/resnet[pretrained=false]"],
+        explainers=["gradcam", "centre"],
+        metrics=["perturbation", "drop"],
+    )
+    return faithmap.run(config, out=folder / "run").path
+
+
+def test_the_help_and_the_version_load_no_torch() -> None:
+    for words in (["--help"], ["run", "--help"], ["--version"]):
+        code = (
+            f"import sys\nfrom faithmap import cli\ncli.main({words!r})\nassert 'torch' not in sys.modules\n"
+        )
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout
+
+
+@pytest.mark.parametrize("kind", ["explainers", "metrics", "datasets", "models", "presets"])
+def test_lists_are_generated(kind: str, typed, capsys: pytest.CaptureFixture[str]) -> None:  # type: ignore[no-untyped-def]
+    code, shown = typed("list", kind)
+    assert code == 0
+    assert typed("list", kind, "--json")[0] == 0
+    entries = json.loads(capsys.readouterr().out)
+    assert entries
+    for entry in entries:
+        assert entry["name"] in shown
+    if kind in ("explainers", "metrics", "datasets"):
+        names = {plugin.name for plugin in registry.plugins(kind[:-1])}  # type: ignore[arg-type]
+        assert names == {entry["name"] for entry in entries}
+
+
+def test_a_list_of_nothing_known(typed) -> None:  # type: ignore[no-untyped-def]
+    code, shown = typed("list", "explainer")
+    assert code == 2
+    assert "did you mean 'explainers'" in shown
+
+
+def test_status_of_a_finished_run(finished: Path, typed) -> None:  # type: ignore[no-untyped-def]
+    code, shown = typed("status", finished)
+    assert code == 0
+    assert "complete" in shown and "unfinished" not in shown
+    assert "gradcam" in shown
+
+
+def test_status_of_a_run_that_lacks_units(finished: Path, tmp_path: Path, typed) -> None:  # type: ignore[no-untyped-def]
+    import shutil
+
+    copy = tmp_path / "copy"
+    shutil.copytree(finished, copy)
+    next((copy / "rows").rglob("*.parquet")).unlink()
+    code, shown = typed("status", copy)
+    assert code == 0
+    assert "unfinished" in shown
+
+
+def test_the_leaderboard_is_rebuilt_without_torch(finished: Path, tmp_path: Path) -> None:
+    before = {name: (finished / name).read_bytes() for name in ("leaderboard.csv", "leaderboard.md")}
+    for name in before:
+        (finished / name).unlink()
+    code = (
+        "import sys\nfrom faithmap import cli\n"
+        f"assert cli.main(['leaderboard', {str(finished)!r}]) == 0\nassert 'torch' not in sys.modules\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert {name: (finished / name).read_bytes() for name in before} == before
+
+
+def test_a_board_written_elsewhere_can_be_rebuilt_there(finished: Path, tmp_path: Path, typed) -> None:  # type: ignore[no-untyped-def]
+    out = tmp_path / "published"
+    assert typed("leaderboard", finished, "--out", out)[0] == 0
+    first = (out / "leaderboard.csv").read_bytes()
+    assert first == (finished / "leaderboard.csv").read_bytes()
+    (out / "leaderboard.csv").unlink()
+    assert typed("leaderboard", out)[0] == 0
+    assert (out / "leaderboard.csv").read_bytes() == first
+
+
+def test_boards_of_nothing(tmp_path: Path, typed) -> None:  # type: ignore[no-untyped-def]
+    for command in ("leaderboard", "status"):
+        code, shown = typed(command, tmp_path)
+        assert code == 2
+        assert "holds no run" in shown
+
+
+@pytest.fixture
+def photo(tmp_path: Path) -> Path:
+    file = tmp_path / "photo.jpg"
+    noise = np.random.default_rng(0).integers(0, 255, (60, 80, 3), dtype=np.uint8)
+    PIL.Image.fromarray(noise).save(file)
+    return file
+
+
+def test_explain_draws_a_figure(photo: Path, typed) -> None:  # type: ignore[no-untyped-def]
+    out = photo.with_name("maps.png")
+    words = ("--model", "shapes/resnet", "--explainers", "gradcam,saliency,centre", "--out", out)
+    code, shown = typed("explain", photo, *words)
+    assert code == 0, shown
+    with PIL.Image.open(out) as figure:
+        assert figure.width > 2 * figure.height > 100
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (("--target", "8"), "--target 8 is out of range; the model has 8 classes"),
+        (("--explainers", "gradcan"), "did you mean 'gradcam'"),
+        (("--explainers", "oracle"), "explainer 'oracle': needs"),
+        (("--model", "shapes/resnt"), "did you mean 'resnet'"),
+        (("--out", "maps.gif"), "no suffix of a figure"),
+        (("--out", "nowhere/maps.png"), "does not exist"),
+    ],
+)
+def test_explain_refuses_in_one_sentence(photo: Path, typed, words: tuple[str, ...], sentence: str) -> None:  # type: ignore[no-untyped-def]
+    base = {"--model": "shapes/resnet", "--out": str(photo.with_name("maps.png"))}
+    given = {**base, **dict(zip(words[::2], words[1::2], strict=True))}
+    code, shown = typed("explain", photo, *[part for pair in given.items() for part in pair])
+    assert code == 2, shown
+    assert sentence in shown
+    code, shown = typed("explain", photo.with_name("none.jpg"), "--model", "shapes/resnet", "--out", "x.png")
+    assert code == 2
+    assert "no such image" in shown
+
+
+def test_explain_of_a_broken_image_fails(tmp_path: Path, typed) -> None:  # type: ignore[no-untyped-def]
+    broken = tmp_path / "broken.png"
+    broken.write_bytes(b"\x89PNG nothing follows")
+    code, shown = typed("explain", broken, "--model", "shapes/resnet", "--out", tmp_path / "x.png")
+    assert code == 1
+    assert "image 'broken.png' cannot be read" in shown
+
+
+def test_the_doctor_names_versions_and_states(typed) -> None:  # type: ignore[no-untyped-def]
+    code, shown = typed("doctor")
+    assert code == 0, shown
+    for word in ("faithmap", "torch", "torchvision", "cpu", "explainers", "hub cache"):
+        assert word in shown

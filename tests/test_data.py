@@ -1,0 +1,164 @@
+"""The order of images, parts, limits and labels; transforms with their boxes and masks."""
+
+from __future__ import annotations
+
+import collections
+from pathlib import Path
+
+import numpy as np
+import PIL.Image
+import pytest
+import torch
+from conftest import make_cnn
+
+from faithmap.data import (
+    LoadedDataset,
+    check_labels,
+    choose,
+    make_batch,
+    part_of,
+    pick_targets,
+    read_shard,
+    shards,
+)
+from faithmap.errors import DataError, RequestError
+from faithmap.models import Transform
+from faithmap.records import Sample
+from faithmap.registry import get
+from faithmap.transforms import geometry, prepare
+
+SAMPLES = [Sample(f"image-{i}", torch.zeros(3, 4, 4), label=i % 5 if i < 150 else 5) for i in range(200)]
+
+
+def test_a_larger_limit_only_adds_images() -> None:
+    whole = choose(SAMPLES, "all", None)
+    assert sorted(s.id for s in whole) == sorted(s.id for s in SAMPLES)
+    for limit in (1, 7, 60, 199):
+        assert choose(SAMPLES, "all", limit) == whole[:limit]
+
+
+def test_a_limit_is_balanced_over_the_classes() -> None:
+    counts = collections.Counter(sample.label for sample in choose(SAMPLES, "all", 60))
+    assert set(counts.values()) == {10}
+
+
+def test_the_order_does_not_depend_on_the_order_given() -> None:
+    assert choose(SAMPLES, "all", 50) == choose(SAMPLES[::-1], "all", 50)
+
+
+def test_parts_split_the_images_a_quarter_to_three() -> None:
+    dev, held = choose(SAMPLES, "dev", None), choose(SAMPLES, "eval", None)
+    assert {s.id for s in dev}.isdisjoint(s.id for s in held)
+    assert len(dev) + len(held) == len(SAMPLES)
+    shares = [part_of(f"{i}") == "dev" for i in range(4000)]
+    assert abs(np.mean(shares) - 0.25) < 0.03
+
+
+def test_an_empty_part_is_refused() -> None:
+    lone = next(s for s in SAMPLES if part_of(s.id) == "eval")
+    with pytest.raises(RequestError, match="part 'dev' holds none"):
+        choose([lone], "dev", None)
+
+
+def test_labels_out_of_range_are_refused() -> None:
+    dataset = LoadedDataset("mine", get("dataset", "shapes"), {}, tuple(SAMPLES), frozenset({"label"}), "1")
+    with pytest.raises(
+        RequestError, match="has label 5, out of range for model 'tiny-cnn', which has 5 classes"
+    ):
+        check_labels(dataset, SAMPLES, make_cnn(classes=5))
+    check_labels(dataset, SAMPLES, make_cnn(classes=6))
+
+
+def test_targets() -> None:
+    logits = torch.tensor([[0.0, 2.0, 1.0], [5.0, 1.0, 4.0]])
+    labels = torch.tensor([2, 1])
+    assert pick_targets("predicted", logits, labels).tolist() == [1, 0]
+    assert pick_targets("second", logits, labels).tolist() == [2, 2]
+    assert pick_targets("label", logits, labels).tolist() == [2, 1]
+    with pytest.raises(RequestError, match="needs a label"):
+        pick_targets("label", logits, None)
+
+
+def test_broken_images_leave_the_others_alone(tmp_path: Path) -> None:
+    good, bad = tmp_path / "good.png", tmp_path / "bad.png"
+    PIL.Image.new("RGB", (40, 40), (255, 0, 0)).save(good)
+    bad.write_bytes(good.read_bytes()[:60])
+    model = make_cnn()
+    (shard,) = shards(
+        (Sample("good", good, 0), Sample("bad", bad, 1), Sample("gone", tmp_path / "x.png", 1)), 8
+    )
+    read, unreadable = read_shard(shard, model)
+    assert [sample.id for sample, _ in read] == ["good"]
+    assert set(unreadable) == {"bad", "gone"}
+    assert all("cannot be read" in reason for reason in unreadable.values())
+    batch = make_batch(read, model, "predicted", model.grid, 0)
+    assert batch.images.shape == (1, 3, 32, 32)
+    assert batch.labels is not None and batch.labels.tolist() == [0]
+
+
+@pytest.mark.parametrize("size", [(300, 200), (200, 300), (64, 64), (20, 30), (1, 50)])
+@pytest.mark.parametrize("crop_pct", [1.0, 0.875, 0.9])
+def test_the_geometry_is_timms(size: tuple[int, int], crop_pct: float) -> None:
+    from timm.data import create_transform
+
+    generator = np.random.default_rng(0)
+    small = generator.integers(0, 255, (8, 8, 3), dtype=np.uint8)
+    picture = PIL.Image.fromarray(small).resize(size[::-1], PIL.Image.Resampling.BILINEAR)
+    reference = create_transform(
+        (3, 32, 32), interpolation="bicubic", crop_pct=crop_pct, mean=(0,) * 3, std=(1,) * 3
+    )
+    ours = prepare(Sample("a", picture), Transform((32, 32), crop_pct, "bicubic")).image
+    assert torch.allclose(ours, reference(picture), atol=1e-6)
+
+
+@pytest.mark.parametrize("size", [(300, 200), (200, 300), (100, 100), (40, 37)])
+@pytest.mark.parametrize("mode", ["center", "squash"])
+def test_boxes_and_masks_follow_the_image(size: tuple[int, int], mode: str) -> None:
+    height, width = size
+    x0, y0, x1, y1 = width // 4, height // 3, width // 4 + width // 3, height // 3 + height // 4
+    mask = torch.zeros(size, dtype=torch.bool)
+    mask[y0:y1, x0:x1] = True
+    image = mask.float().expand(3, -1, -1)
+    sample = Sample("a", image, boxes=torch.tensor([[x0, y0, x1, y1]]), mask=mask)
+    prepared = prepare(sample, Transform((64, 64), 0.875, "bilinear", mode))
+    assert prepared.mask is not None and prepared.boxes is not None
+    # The white rectangle of the image, its mask and its box must lie on each other but for the rim.
+    seen = prepared.image[0] > 0.5
+    assert (seen != prepared.mask).float().mean() < 0.03
+    ys, xs = torch.nonzero(prepared.mask, as_tuple=True)
+    drawn = torch.tensor([xs.min(), ys.min(), xs.max() + 1, ys.max() + 1]).float()
+    assert (drawn - prepared.boxes[0]).abs().max() <= 1.0
+
+
+def test_boxes_are_clipped_and_those_outside_are_gone() -> None:
+    image = torch.zeros(3, 100, 200)
+    boxes = torch.tensor([[0.0, 0.0, 20.0, 100.0], [40.0, -10.0, 400.0, 300.0]])
+    prepared = prepare(Sample("a", image, boxes=boxes), Transform((100, 100)))
+    assert prepared.boxes is not None
+    assert prepared.boxes.tolist() == [[0.0, 0.0, 100.0, 100.0]]
+
+
+def test_fields_may_be_lazy() -> None:
+    sample = Sample("a", lambda: torch.ones(3, 8, 8), mask=lambda: torch.ones(8, 8))
+    prepared = prepare(sample, Transform((8, 8)))
+    assert prepared.image.min() == 1
+    assert prepared.mask is not None and bool(prepared.mask.all())
+
+
+@pytest.mark.parametrize(
+    ("sample", "words"),
+    [
+        (Sample("odd", torch.zeros(1, 8, 8)), "float tensor"),
+        (Sample("odd", torch.full((3, 8, 8), float("nan"))), "NaN"),
+        (Sample("odd", torch.zeros(3, 8, 8), mask=torch.zeros(4, 4)), "mask has shape"),
+    ],
+)
+def test_images_that_make_no_sense_are_named(sample: Sample, words: str) -> None:
+    with pytest.raises(DataError, match=f"image 'odd' cannot be read: .*{words}"):
+        prepare(sample, Transform((8, 8)))
+
+
+def test_the_geometry_of_a_crop_larger_than_the_image() -> None:
+    plan = geometry((10, 20), Transform((16, 16), 1.0))
+    assert plan.resized == (16, 32)
+    assert plan.offset == (0, 8)
