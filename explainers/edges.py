@@ -54,10 +54,16 @@ def _sobel(luminance: Tensor) -> Tensor:
 
 
 def _blurred(maps: Tensor, sigma: list[float]) -> Tensor:
-    """Gaussian blur of maps (B, 1, H, W); `sigma` in pixels along height and width."""
-    from torchvision.transforms.v2.functional import gaussian_blur
+    """Gaussian blur of maps (B, 1, H, W), borders continued; `sigma` in pixels along height and width."""
+    import torch
+    from torch.nn import functional as F
 
-    # Kernels are odd and, as borders are reflected, narrower than twice the image.
-    kernels = [min(2 * round(3 * s) + 1, 2 * side - 1) for s, side in zip(sigma, maps.shape[2:], strict=True)]
-    blurred: Tensor = gaussian_blur(maps, kernels[::-1], sigma[::-1])
-    return blurred
+    # One direction after the other: a cell is many pixels wide, and the plane kernel its square.
+    for turn, width in enumerate(sigma):
+        reach = max(1, round(3 * width))
+        offsets = torch.arange(-reach, reach + 1, device=maps.device, dtype=maps.dtype)
+        kernel = torch.exp(-offsets.square() / (2 * width**2))
+        kernel = (kernel / kernel.sum()).view((1, 1, -1, 1) if turn == 0 else (1, 1, 1, -1))
+        pad = (0, 0, reach, reach) if turn == 0 else (reach, reach, 0, 0)
+        maps = F.conv2d(F.pad(maps, pad, mode="replicate"), kernel)
+    return maps

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from faithmap import metric
 from faithmap.batch import Scored
-from faithmap.metrics._regions import blanked, left_out, region_of
+from faithmap.regions import blanked, left_out, region_of
 
 if TYPE_CHECKING:
     from faithmap.batch import Batch, Maps, Values

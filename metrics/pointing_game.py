@@ -8,7 +8,7 @@ import torch
 
 from faithmap import metric
 from faithmap.batch import Scored
-from faithmap.metrics._regions import blanked, left_out, region_of
+from faithmap.regions import blanked, left_out, region_of
 from faithmap.perturb import removal_ranks
 
 if TYPE_CHECKING:

@@ -116,7 +116,7 @@ def _same_params(column: object, params: dict[str, object]) -> object:
 
     def same(text: str) -> bool:
         held = {key: value for key, value in json.loads(text).items() if key not in ("draw", "null")}
-        return held == json.loads(json.dumps(params))
+        return bool(held == json.loads(json.dumps(params)))
 
     return column.map(same)  # type: ignore[attr-defined]
 

@@ -28,6 +28,7 @@ class Context:
     def __init__(self, model: Model, images: Tensor) -> None:
         self.model = model
         self.images = images
+        self._size = (int(images.shape[2]), int(images.shape[3]))
         self._logits: Tensor | None = None
         self._activations: dict[str, Tensor] = {}
         self._graphs: dict[str, tuple[Tensor, Tensor]] = {}
@@ -52,7 +53,7 @@ class Context:
         name = layer or self.model.target_layer
         if name not in self._activations:
             self._capture(name)
-        return self.model.features(self._activations[name], layer)
+        return self.model.features(self._activations[name], layer, self._size)
 
     def gradients(self, targets: Tensor, layer: str | None = None) -> Tensor:
         """Gradients (B, C, h, w) of the target logits with respect to a layer's features."""
@@ -66,7 +67,7 @@ class Context:
                 chosen = logits.gather(1, targets.view(-1, 1)).sum()
             (gradient,) = torch.autograd.grad(chosen, leaf, allow_unused=True)
             self._gradients[key] = torch.zeros_like(leaf) if gradient is None else gradient
-        return self.model.features(self._gradients[key], layer)
+        return self.model.features(self._gradients[key], layer, self._size)
 
     def release(self) -> None:
         """Drop every tensor and graph that is held."""

@@ -31,7 +31,8 @@ def logits(model: Model, image: Tensor) -> Tensor:
     """Logits (classes,) of one image (1, 3, H, W)."""
     model.eval()
     with torch.no_grad():
-        return model(image)[0].cpu()
+        values: Tensor = model(image)[0].cpu()
+    return values
 
 
 def title(model: Model, values: Tensor, target: int) -> str:

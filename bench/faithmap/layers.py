@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from faithmap.errors import RequestError
+from faithmap.errors import RequestError, nearest
 
 #: Turns a layer's output into features (B, C, h, w).
 Reshape = Callable[[Tensor], Tensor]
@@ -51,14 +51,23 @@ def fold_tokens(grid: tuple[int, int]) -> Reshape:
     return reshape
 
 
-def as_features(output: object, reshape: Reshape | None, layer: str) -> Tensor:
-    """Bring a layer's output to (B, C, h, w), or say why it cannot be."""
+def as_features(output: object, reshape: Reshape | None, layer: str, size: tuple[int, int]) -> Tensor:
+    """Bring a layer's output to (B, C, h, w), or say why it cannot be.
+
+    Args:
+        output: what the layer returned.
+        reshape: folds tokens (B, N, C) to features; not used on outputs that are maps already.
+        layer: the layer's name, for messages.
+        size: (H, W) of the images, which tells channels-first maps from channels-last ones.
+    """
     if isinstance(output, tuple | list):
         output = output[0]
     if not isinstance(output, Tensor):
         raise RequestError(
             f"layer '{layer}' returns a {type(output).__name__}; name a layer that returns a tensor"
         )
+    if output.ndim == 4:
+        return _channels_first(output, size)
     features = reshape(output) if reshape is not None else output
     if features.ndim != 4:
         raise RequestError(
@@ -68,9 +77,19 @@ def as_features(output: object, reshape: Reshape | None, layer: str) -> Tensor:
     return features
 
 
-def channels_last_features(output: Tensor) -> Tensor:
-    """Bring (B, h, w, C), which Swin-like models use, to (B, C, h, w)."""
-    return output.permute(0, 3, 1, 2)
+def _channels_first(maps: Tensor, size: tuple[int, int]) -> Tensor:
+    """Bring (B, h, w, C), which Swin-like models use, to (B, C, h, w).
+
+    A map has the proportions of the image, to within a cell; channels have not.
+    """
+
+    def proportional(height: int, width: int) -> bool:
+        return abs(height * size[1] - width * size[0]) <= max(size)
+
+    _, first, second, third = maps.shape
+    if not proportional(second, third) and proportional(first, second):
+        return maps.permute(0, 3, 1, 2)
+    return maps
 
 
 def find_anatomy(
@@ -98,23 +117,22 @@ def find_anatomy(
         layer = tokens[0]
     if reshape is None and tokens is not None and layer is not None:
         reshape = fold_tokens(tokens[1])
+    size = (int(example.shape[2]), int(example.shape[3]))
     outputs, logits = _trace(module, example)
     if logits.ndim != 2:
         raise RequestError(
             f"the model returns a tensor of shape {tuple(logits.shape)}; expected logits (B, classes)"
         )
     if layer is None:
-        layer, reshape = _last_map(outputs, reshape)
+        layer = _last_map(outputs, size)
     if layer not in dict(module.named_modules()):
-        from faithmap.errors import nearest
-
         names = [name for name, _ in module.named_modules() if name]
         raise RequestError(f"the model has no layer '{layer}'; {nearest(layer, names)}")
     if layer not in outputs:
         raise RequestError(
             f"layer '{layer}' takes no part in the model's forward pass; name another target_layer"
         )
-    features = as_features(outputs[layer], reshape, layer)
+    features = as_features(outputs[layer], reshape, layer, size)
     grid = (int(features.shape[2]), int(features.shape[3]))
     return Anatomy(found_family, layer, grid, reshape, int(logits.shape[1]))
 
@@ -148,17 +166,13 @@ def _trace(module: nn.Module, example: Tensor) -> tuple[dict[str, Tensor], Tenso
     return outputs, logits
 
 
-def _last_map(outputs: dict[str, Tensor], reshape: Reshape | None) -> tuple[str, Reshape | None]:
-    """The last output that is a map of more than one cell, channels first or (Swin) last."""
+def _last_map(outputs: dict[str, Tensor], size: tuple[int, int]) -> str:
+    """The last output that is a map of more than one cell."""
     for name, output in reversed(outputs.items()):
-        if output.ndim != 4:
-            continue
-        first, last = output.shape[2] * output.shape[3], output.shape[1] * output.shape[2]
-        channels_last = output.shape[1] == output.shape[2] and output.shape[3] > output.shape[1]
-        if channels_last and reshape is None and output.shape[2] != output.shape[3] and last > 1:
-            return name, channels_last_features
-        if first > 1:
-            return name, reshape
+        if output.ndim == 4:
+            height, width = _channels_first(output, size).shape[2:]
+            if height * width > 1:
+                return name
     raise RequestError(
         "no layer of the model returns a feature map (B, C, h, w) of more than one cell; "
         "name one with target_layer= and, for tokens, reshape="

@@ -63,6 +63,7 @@ def load_weights(module: nn.Module, path: Path, name: str) -> None:
         raise RequestError(
             f"model '{name}': no weights file at {path}; give the path of a safetensors file or state dict"
         )
+    state: Any
     try:
         if path.suffix == ".safetensors":
             from safetensors.torch import load_file
@@ -207,10 +208,11 @@ def _huggingface(name: str, params: Mapping[str, Any]) -> tuple[nn.Module, dict[
     size = processor.size
     side = size.get("height") or size.get("shortest_edge")
     crop = getattr(processor, "crop_size", None)
-    crops = bool(getattr(processor, "do_center_crop", False)) and crop
+    crops = crop is not None and bool(getattr(processor, "do_center_crop", False))
     return _LogitsOnly(network), {
         "mean": processor.image_mean, "std": processor.image_std,
-        "input_size": crop["height"] if crops else side, "crop_pct": crop["height"] / side if crops else 1.0,
+        "input_size": crop["height"] if crop and crops else side,
+        "crop_pct": crop["height"] / side if crop and crops else 1.0,
         "crop_mode": "center" if crops else "squash",
     }  # fmt: skip
 

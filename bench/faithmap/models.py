@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from faithmap.errors import RequestError
+from faithmap.errors import RequestError, nearest
 from faithmap.layers import Anatomy, Reshape, as_features, find_anatomy
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -177,19 +177,16 @@ class Model(nn.Module):
         try:
             return self.module.get_submodule(wanted)
         except AttributeError:
-            from faithmap.errors import nearest
-
             names = [known for known, _ in self.module.named_modules() if known]
             raise RequestError(
                 f"model '{self.name}' has no layer '{wanted}'; {nearest(wanted, names)}"
             ) from None
 
-    def features(self, output: object, name: str | None = None) -> Tensor:
-        """Bring the output of a layer to features (B, C, h, w)."""
-        reshape = self.anatomy.reshape
-        if name is not None and name != self.target_layer and isinstance(output, Tensor) and output.ndim == 4:
-            reshape = None
-        return as_features(output, reshape, name or self.target_layer)
+    def features(
+        self, output: object, name: str | None = None, size: tuple[int, int] | None = None
+    ) -> Tensor:
+        """Bring the output of a layer, for images of a size (H, W), to features (B, C, h, w)."""
+        return as_features(output, self.anatomy.reshape, name or self.target_layer, size or self.input_size)
 
     @contextmanager
     def counting(self) -> Iterator[Meter]:
@@ -223,7 +220,7 @@ class Model(nn.Module):
             return layer
         for name, module in self.module.named_modules():
             if module is layer:
-                return name
+                return str(name)
         raise RequestError(
             "target_layer is a module that does not belong to the model; name one of its own layers"
         )

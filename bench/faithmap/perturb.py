@@ -231,7 +231,8 @@ def _conjugate_gradients(levels: list[_Level], solution: Tensor, residual: Tenso
     Every image and channel is a system of its own: inner products run over pixels alone.
     """
     degree, scale = levels[0].degree, levels[0].scale
-    direction = image = energy = None
+    direction: Tensor | None = None
+    image = energy = solution
     for _ in range(steps):
         proposed = _cycle(levels, residual)
         if direction is not None:

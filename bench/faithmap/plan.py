@@ -129,7 +129,8 @@ def plan_tasks(grid: Grid, model: Model, dataset: LoadedDataset) -> list[Task]:
                 tasks.append(_task(grid, model, dataset, use, served, skip, {"draw": draw}))
             continue
         tasks.append(_task(grid, model, dataset, use, served, skip, {}))
-        calibrating = tuple(metric for metric in served if metric.facts.calibrate)
+        # Moved maps calibrate the default reading alone: other fills would treble their cost.
+        calibrating = tuple(metric for metric in served if metric.facts.calibrate and not metric.variant)
         if use.plugin.facts.role != "method" or skip or not calibrating:
             continue
         for null in grid.config.run.own_nulls:

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from importlib.metadata import entry_points
 from pathlib import Path
 from types import ModuleType
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import faithmap
 from faithmap.errors import FaithmapError, PluginError, RequestError, nearest
@@ -90,8 +90,7 @@ class Plugin:
     def make(self, params: Mapping[str, Any]) -> Callable[..., Any]:
         """Bind checked parameters: what is returned takes the positional arguments alone."""
         if inspect.isclass(self.target):
-            instance: Callable[..., Any] = self.target(**params)
-            return instance
+            return cast("Callable[..., Any]", self.target(**params))
 
         def bound(*args: Any) -> Any:
             return self.target(*args, **params)

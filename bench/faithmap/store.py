@@ -169,7 +169,7 @@ def frame(files: Sequence[Path]) -> pd.DataFrame:
     """Read files of rows into one frame, sorted by the unique key, each key once."""
     tables = [_read(file) for file in files]
     table = pa.concat_tables(tables) if tables else SCHEMA.empty_table()
-    rows = table.to_pandas()
+    rows: pd.DataFrame = table.to_pandas()
     return rows.drop_duplicates(KEY_COLUMNS).sort_values(KEY_COLUMNS, kind="stable", ignore_index=True)
 
 

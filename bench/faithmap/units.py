@@ -13,7 +13,7 @@ from faithmap.data import Shard, make_batch, read_shard
 from faithmap.explaining import MapSet, explain_batch
 from faithmap.models import Model
 from faithmap.plan import Task, map_grid
-from faithmap.records import Cell, Row, Sample, digest
+from faithmap.records import Cell, Row, Sample, Status, digest
 from faithmap.resize import reduce_to_grid
 from faithmap.scoring import UNREADABLE, Heading, MetricUse, rows_of, score_maps, skip_rows, unreadable_row
 from faithmap.store import Done, RunStore
@@ -144,12 +144,13 @@ def moved(found: MapSet, cell: Cell, batch: Batch) -> MapSet:
     if cell.null == "rolled":
         return MapSet(_rolled(maps, batch, cell), list(found.status), list(found.reasons))
     partners = derangement(batch.predicted.tolist(), torch.Generator().manual_seed(seed))
-    status, reasons = [], []
+    status: list[Status] = []
+    reasons = []
     for partner in partners:
         status.append("skipped" if partner is None else found.status[partner])
         reasons.append(NO_PARTNER if partner is None else found.reasons[partner])
     order = torch.tensor([0 if partner is None else partner for partner in partners], device=maps.device)
-    return MapSet(maps[order], status, reasons)  # type: ignore[arg-type]
+    return MapSet(maps[order], status, reasons)
 
 
 def _rolled(maps: torch.Tensor, batch: Batch, cell: Cell) -> torch.Tensor:
