@@ -9,7 +9,7 @@ from rich.console import Console
 
 from faithmap.errors import RequestError
 from faithmap.folders import publish, read_run, read_runs
-from faithmap.store import RunStore
+from faithmap.store import RunStore, write_bytes
 
 SHOWN_REASONS = 8
 
@@ -26,9 +26,17 @@ def rebuild(runs: Sequence[Path], out: Path | None, console: Console) -> int:
     target = out or runs[0]
     if out is not None and out.resolve() not in {run.resolve() for run in runs}:
         publish(rows, manifest, out)
+        for run in runs:
+            copy_heatmaps(run, out)
     for file in write_boards(rows, manifest, target):
         console.print(f"wrote {file}", markup=False, highlight=False, soft_wrap=True)
     return 0
+
+
+def copy_heatmaps(run: Path, out: Path) -> None:
+    """Take along the figures that a board cannot draw, having neither images nor maps."""
+    for file in sorted((run / "figures").glob("heatmaps-*.png")):
+        write_bytes(out / "figures" / file.name, file.read_bytes())
 
 
 def print_summary(path: Path, console: Console) -> None:

@@ -27,6 +27,8 @@ app = typer.Typer(
 )
 OUT = Console()
 ERR = Console(stderr=True)
+if not OUT.is_terminal:
+    OUT = Console(width=120)  # a log or a pipe has no width of its own
 
 Plugins = Annotated[
     list[Path] | None, typer.Option("--plugin", help="A file that registers explainers, metrics or datasets.")

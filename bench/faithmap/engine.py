@@ -12,6 +12,8 @@ from faithmap.store import RunStore
 from faithmap.units import Group, UnitResult, run_shard
 
 ENGINES = ("local",)
+#: Images of each cell whose maps are kept for the figure of heat maps.
+PREVIEWED = 4
 
 
 class Observer(Protocol):
@@ -72,6 +74,10 @@ def run_local(groups: Sequence[Group], store: RunStore, observer: Observer, save
                 for result in run_shard(group, shard, pending) if pending else ():
                     if save_maps and result.maps is not None:
                         store.write_maps(result.cell.key, result.shard, result.ids, result.maps.maps)
+                    if shard.first and result.maps is not None:
+                        store.write_preview(
+                            result.cell.key, result.ids[:PREVIEWED], result.maps.maps[:PREVIEWED]
+                        )
                     _write(store, group, result)
                     if result.cell.explainer:
                         seconds = time.perf_counter() - started

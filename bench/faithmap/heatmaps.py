@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -11,6 +13,9 @@ from torch import Tensor
 from faithmap.errors import RequestError
 from faithmap.models import Model
 from faithmap.resize import upsample
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 SUFFIXES = (".png", ".pdf", ".svg")
 
@@ -55,6 +60,50 @@ def overlay(image: Tensor, heat: Tensor) -> tuple[Tensor, Tensor, float]:
     return full, (full.abs() / span).clamp(0, 1), span
 
 
+def lay(axis: Axes, image: Tensor, heat: Tensor | None) -> None:
+    """Draw an image, and a map over it, into one panel."""
+    axis.set_axis_off()
+    axis.imshow(image.permute(1, 2, 0).cpu().numpy())
+    if heat is None:
+        return
+    full, opacity, span = overlay(image, heat)
+    signed = bool((full < 0).any())
+    axis.imshow(
+        full.numpy(),
+        cmap="RdBu_r" if signed else "inferno",
+        vmin=-span if signed else 0.0,
+        vmax=span,
+        alpha=(0.8 * opacity).numpy(),
+    )
+
+
+def draw_grid(rows: Sequence[tuple[str, Tensor, Sequence[Tensor | None]]], titles: Sequence[str]) -> bytes:
+    """A PNG with a row for each image: the image, then one overlay for each explainer.
+
+    Args:
+        rows: caption, image (3, H, W) in [0, 1], and a map (h, w) or None for each title.
+        titles: the explainers.
+    """
+    from matplotlib.figure import Figure
+
+    width, height = len(titles) + 1, len(rows)
+    inches = 1.25 * height + 0.5
+    figure = Figure(figsize=(1.25 * width, inches), dpi=130)
+    axes = figure.subplots(height, width, squeeze=False)
+    figure.subplots_adjust(
+        left=0.005, right=0.995, bottom=0.005, top=1 - 0.45 / inches, wspace=0.04, hspace=0.14
+    )
+    for line, (caption, image, maps) in zip(axes, rows, strict=True):
+        for axis, heat in zip(line, [None, *maps], strict=True):
+            lay(axis, image, heat)
+        line[0].set_title(caption, fontsize=6, pad=2)
+    for axis, name in zip(axes[0][1:], titles, strict=True):
+        axis.set_title(name.replace("-", "-\n", 1), fontsize=7, pad=3)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", metadata={"Software": None})
+    return buffer.getvalue()
+
+
 def draw(
     image: Tensor, maps: Sequence[tuple[str, Tensor]], heading: str, out: Path, columns: int = 5
 ) -> None:
@@ -75,21 +124,11 @@ def draw(
     figure = Figure(figsize=(2.2 * width, 2.4 * height + 0.5), dpi=150, layout="constrained")
     axes = figure.subplots(height, width, squeeze=False).ravel()
     figure.suptitle(heading, fontsize=10)
-    picture = image.permute(1, 2, 0).cpu().numpy()
     for axis in axes:
         axis.set_axis_off()
-    axes[0].imshow(picture)
+    lay(axes[0], image, None)
     axes[0].set_title("image", fontsize=9)
     for axis, (name, heat) in zip(axes[1:], maps, strict=False):
-        full, opacity, span = overlay(image, heat)
-        signed = bool((full < 0).any())
-        axis.imshow(picture)
-        axis.imshow(
-            full.numpy(),
-            cmap="RdBu_r" if signed else "inferno",
-            vmin=-span if signed else 0.0,
-            vmax=span,
-            alpha=(0.85 * opacity.sqrt()).numpy(),
-        )
+        lay(axis, image, heat)
         axis.set_title(name, fontsize=9)
     figure.savefig(out, metadata={"Software": None} if out.suffix == ".png" else None)

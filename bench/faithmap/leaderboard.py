@@ -151,8 +151,10 @@ def write_boards(
         for cell in cells:
             drawn |= drawing.cell_figures(board, cell.curves, cell.model, cell.dataset)
     contents |= {f"figures/{name}": draw() for name, draw in drawn.items()}
+    # Heat maps need images and maps, which a board has not: those that a run has drawn are shown.
+    shown = [*drawn, *(file.name for file in sorted((out / "figures").glob("heatmaps-*.png")))]
     text = markdown.render_markdown(
-        board, [_facts(cell) for cell in cells], manifest, across=across_cells(board), figures=list(drawn)
+        board, [_facts(cell) for cell in cells], manifest, across=across_cells(board), figures=shown
     )
     contents["leaderboard.md"] = text.encode()
     return [_write_atomic(out / name, content) for name, content in contents.items()]

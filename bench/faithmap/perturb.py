@@ -36,16 +36,26 @@ def removal_ranks(maps: Tensor, ties: Tensor) -> Tensor:
     Returns:
         (B, H * W) int32; 0 is removed first.
     """
-    return _inverse(_order(maps, ties)[0])
+    return _inverse(_order(maps, tie_order(ties))[0])
 
 
-def removal_ranks_both(maps: Tensor, ties: Tensor) -> Tensor:
+def tie_order(ties: Tensor) -> Tensor:
+    """Pixel indices (B, H * W) of tie fields (B, H, W), highest first, then by index."""
+    return ties.flatten(1).sort(dim=1, descending=True, stable=True).indices
+
+
+def removal_ranks_both(maps: Tensor, ties: Tensor, by_tie: Tensor | None = None) -> Tensor:
     """The orders of removal of the maps and of their negatives, from one sort.
+
+    Args:
+        maps: (B, H, W), any sign.
+        ties: (B, H, W), equal for all maps of an image.
+        by_tie: `tie_order(ties)`, where many maps share it.
 
     Returns:
         (2, B, H * W) int32, equal to `removal_ranks(maps, ties)` and `removal_ranks(-maps, ties)`.
     """
-    order, values = _order(maps, ties)
+    order, values = _order(maps, tie_order(ties) if by_tie is None else by_tie)
     positions = torch.arange(order.shape[1], device=order.device).expand_as(order)
     # In the negated map plateaus follow each other the other way round, but within a plateau the
     # tie field orders the pixels as before: a pixel keeps its distance from its plateau's start.
@@ -58,9 +68,8 @@ def removal_ranks_both(maps: Tensor, ties: Tensor) -> Tensor:
     return torch.stack([_inverse(order), ranks.scatter_(1, order, negated.int())])
 
 
-def _order(maps: Tensor, ties: Tensor) -> tuple[Tensor, Tensor]:
+def _order(maps: Tensor, by_tie: Tensor) -> tuple[Tensor, Tensor]:
     """Pixel indices (B, H * W) in the order of removal, and the map's values in that order."""
-    by_tie = ties.flatten(1).sort(dim=1, descending=True, stable=True).indices
     # Adding zero turns -0.0 into 0.0, which a sort by bits would put apart.
     in_tie_order = maps.flatten(1).gather(1, by_tie) + 0.0
     values, by_map = in_tie_order.sort(dim=1, descending=True, stable=True)
@@ -341,6 +350,7 @@ def masked_logits(
     removed = torch.tensor(list(counts), dtype=torch.int32, device=images.device)
     # The noisy fill works plane by plane; all else is built in the order that the model likes.
     source = images.contiguous() if fill is None else laid_out(model, images)
+    black = fill is not None and not bool(fill.any())
 
     def make(part: Tensor) -> Tensor:
         row = part.div(len(removed), rounding_mode="floor")
@@ -349,17 +359,19 @@ def masked_logits(
         if fill is None:
             added = images.new_zeros(()) if noise is None else noise[which]
             return laid_out(model, noisy_linear(source[which], keep, added))
-        return blend(source[which], keep, fill[which])
+        return blend(source[which], keep, None if black else fill[which])
 
     logits = logits_in_chunks(model, orders * batch * len(removed), make, chunk or chunk_size(model, size))
     return logits.view(orders, batch, len(removed), -1)
 
 
-def blend(images: Tensor, keep: Tensor, fill: Tensor) -> Tensor:
+def blend(images: Tensor, keep: Tensor, fill: Tensor | None) -> Tensor:
     """The image where `keep` (N, 1, H, W) is true, the fill elsewhere; in the image's memory order.
+
+    No fill means black.
 
     A sum of products in which one term is exactly zero: several times faster on a CPU than a
     choice by a mask that broadcasts, and equal to it for finite values.
     """
     kept = keep.to(images.dtype)
-    return torch.addcmul(images * kept, fill, 1 - kept)
+    return images * kept if fill is None else torch.addcmul(images * kept, fill, 1 - kept)

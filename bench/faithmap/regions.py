@@ -58,9 +58,11 @@ def left_out(
     """
     reasons = []
     labels = batch.targets if batch.labels is None else batch.labels
-    right = (batch.predicted == labels).tolist() if only_correct and batch.labels is not None else [True] * len(batch)
+    judged = only_correct and batch.labels is not None
+    right = (batch.predicted == labels).tolist() if judged else [True] * len(batch)
     explained = (batch.targets == labels).tolist()
-    for label, is_right, is_explained, part in zip(labels.tolist(), right, explained, share.tolist(), strict=True):
+    known = zip(labels.tolist(), right, explained, share.tolist(), strict=True)
+    for label, is_right, is_explained, part in known:
         if label < 0:
             reasons.append("the image has no label")
         elif part == 0:

@@ -20,6 +20,7 @@ from faithmap.folders import IMAGES, read_run
 from faithmap.models import Model
 from faithmap.perturb import chunk_size
 from faithmap.plan import Grid, default_folder, identity, make_grid, plan_tasks
+from faithmap.previews import draw_previews
 from faithmap.provenance import manifest
 from faithmap.records import digest
 from faithmap.store import RunStore
@@ -128,8 +129,9 @@ def _run_locked(
         entry = content["datasets"][group.dataset]
         entry["unreadable"] = max(entry["unreadable"], len(group.unreadable & set(images[group.dataset])))
     store.write_manifest(content)
+    drawn = draw_previews(groups, store) if figures else []
     written = write_boards(*read_run(store.path), store.path, figures=figures)
-    return Run(store.path, content, tuple(written))
+    return Run(store.path, content, (*written, *drawn))
 
 
 def refuse_other_identity(held: Mapping[str, Any], asked: Mapping[str, Any], path: Path) -> None:

@@ -40,6 +40,7 @@ KEY_COLUMNS = [
 ]  # fmt: skip
 MANIFEST = "manifest.json"
 UNFINISHED = ".unfinished"
+PREVIEWS = "previews"
 
 #: (image id, metric spec): what a cell has rows of.
 Done = set[tuple[str, str]]
@@ -135,6 +136,24 @@ class RunStore:
         buffer = io.BytesIO()
         np.savez_compressed(buffer, ids=np.array(ids), maps=maps.cpu().numpy())
         write_bytes(self.path / "maps" / key / f"{shard}.npz", buffer.getvalue())
+
+    def write_preview(self, key: str, ids: Sequence[str], maps: Any) -> None:
+        """Keep the maps (B, h, w) of a cell's first images, for the figure of heat maps."""
+        import numpy as np
+
+        buffer = io.BytesIO()
+        np.savez_compressed(buffer, ids=np.array(ids), maps=maps.half().cpu().numpy())
+        write_bytes(self.path / PREVIEWS / f"{key}.npz", buffer.getvalue())
+
+    def preview(self, key: str) -> dict[str, Any]:
+        """Maps (h, w) of a cell's first images by image id; empty where none are kept."""
+        import numpy as np
+
+        file = self.path / PREVIEWS / f"{key}.npz"
+        if not file.is_file():
+            return {}
+        with np.load(file) as kept:
+            return dict(zip(kept["ids"].tolist(), kept["maps"].astype("float32"), strict=True))
 
     def rows(self, keys: Iterable[str] | None = None) -> pd.DataFrame:
         """All rows, or those of some cells, as a frame sorted by their unique key."""

@@ -275,6 +275,7 @@ def _reversal(found: Reversal, fill: str) -> str:
 
 def _figures(cell: CellFacts, figures: Sequence[str]) -> list[str]:
     said = {
+        f"heatmaps-{file_stem(cell.model, cell.dataset)}.png": "Heat maps",
         f"curves-{file_stem(cell.model, cell.dataset)}.png": "Perturbation curves",
         f"cost-{file_stem(cell.model, cell.dataset)}.png": "AUC-D against cost",
     }

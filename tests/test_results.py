@@ -1,0 +1,93 @@
+"""The published boards: rebuilt byte for byte from their rows, and what they must show."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from faithmap.folders import read_run
+from faithmap.leaderboard import build_board, write_boards
+from faithmap.records import REFERENCE_NULL
+
+RESULTS = Path(__file__).parents[1] / "results"
+BOARDS = sorted(folder.parent.name for folder in RESULTS.glob("*/manifest.json"))
+
+
+def test_the_quickstart_is_published() -> None:
+    assert "quickstart" in BOARDS
+
+
+@pytest.mark.parametrize("name", BOARDS)
+def test_a_board_is_rebuilt_from_its_rows_byte_for_byte(name: str, tmp_path: Path) -> None:
+    held = RESULTS / name
+    (tmp_path / "figures").mkdir()
+    for figure in (held / "figures").glob("heatmaps-*.png"):
+        (tmp_path / "figures" / figure.name).write_bytes(figure.read_bytes())
+    write_boards(*read_run(held), tmp_path)
+    for file in ("leaderboard.csv", "leaderboard.md"):
+        assert (tmp_path / file).read_bytes() == (held / file).read_bytes(), file
+
+
+@pytest.mark.parametrize("name", BOARDS)
+def test_a_board_names_what_it_was_made_of(name: str) -> None:
+    rows, manifest = read_run(RESULTS / name)
+    assert manifest["command"].startswith("faithmap run")
+    assert manifest["commit"] and manifest["dirty"] is False
+    assert set(manifest["identity"]["weights"]) == set(rows["model"])
+    text = (RESULTS / name / "manifest.json").read_text() + (RESULTS / name / "leaderboard.md").read_text()
+    for word in ("/work", "/home", "/root", "/tmp"):
+        assert word not in text, f"{name} names a path of the machine it was made on"
+
+
+@pytest.fixture(scope="module")
+def quickstart() -> tuple[pd.DataFrame, dict[str, Any], pd.DataFrame]:
+    rows, manifest = read_run(RESULTS / "quickstart")
+    return rows, manifest, build_board(rows, manifest)
+
+
+def test_the_quickstart_covers_what_it_promises(quickstart: Any) -> None:
+    _, manifest, board = quickstart
+    assert {entry["family"] for entry in manifest["models"].values()} == {"cnn", "vit"}
+    for _, cell in board.groupby(["model", "dataset"]):
+        assert len(cell) >= 12
+        assert set(cell["n"]) == {128}
+        assert set(cell["failed"]) == {0}
+        for score in (
+            "auc_d",
+            "average_drop",
+            "increase",
+            "energy_pg",
+            "pointing",
+            "ms_per_image",
+            "forwards",
+        ):
+            assert cell[score].notna().all(), score
+
+
+@pytest.mark.parametrize("null", ["random", REFERENCE_NULL])
+def test_maps_that_know_nothing_score_nothing(quickstart: Any, null: str) -> None:
+    rows = quickstart[0]
+    found = rows[(rows["explainer"] == null) & (rows["metric"] == "auc_d")]
+    for _, cell in found.groupby(["model", "dataset"]):
+        by_image = cell.groupby("image_id")["value"].mean()
+        error = by_image.std(ddof=1) / np.sqrt(len(by_image))
+        assert abs(by_image.mean()) < 4 * error
+
+
+def test_the_oracle_finds_the_object(quickstart: Any) -> None:
+    for _, cell in quickstart[2].groupby(["model", "dataset"]):
+        energy = cell.set_index("explainer")["energy_pg"]
+        assert energy["oracle"] > energy[["random", REFERENCE_NULL, "centre"]].max()
+
+
+def test_nulls_and_controls_are_never_ranked(quickstart: Any) -> None:
+    board = quickstart[2]
+    aside = board[
+        board["explainer"].isin(["random", REFERENCE_NULL, "centre", "edges", "oracle", "fake-cam"])
+    ]
+    assert aside["rank"].isna().all()
+    assert board[~board.index.isin(aside.index)]["rank"].notna().all()
