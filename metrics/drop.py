@@ -145,11 +145,17 @@ class _Pair:
 
     def drop(self) -> Scored:
         """100 (Y - O)^+ / Y; undefined for a logit that is not positive."""
-        lost = 100 * (self.clean - self.kept).clamp_min(0) / self.clean.clamp_min(torch.finfo(torch.float32).tiny)
+        lost = (
+            100
+            * (self.clean - self.kept).clamp_min(0)
+            / self.clean.clamp_min(torch.finfo(torch.float32).tiny)
+        )
         if self.score == "probability":
             return Scored(lost)
         undefined = self.clean <= 0
-        return Scored(lost.masked_fill(undefined, torch.nan), reasons=_say(undefined, "the clean logit is not positive"))
+        return Scored(
+            lost.masked_fill(undefined, torch.nan), reasons=_say(undefined, "the clean logit is not positive")
+        )
 
     def wins(self) -> Tensor:
         """Whether the masked image scores higher (B,); on logits ties count, as in the code read."""
@@ -175,7 +181,9 @@ class _Pair:
         if self.score == "probability":
             return Scored(values)
         everywhere = torch.ones_like(values, dtype=torch.bool)
-        return Scored(values.masked_fill(everywhere, torch.nan), reasons=_say(everywhere, "defined for probabilities"))
+        return Scored(
+            values.masked_fill(everywhere, torch.nan), reasons=_say(everywhere, "defined for probabilities")
+        )
 
 
 def _say(where: Tensor, reason: str) -> list[str]:

@@ -59,7 +59,9 @@ def energy_pointing_game(
     energy = 100 * (positive * mask).sum(1) / positive.sum(1)
     return {
         "energy_pg": Scored(
-            blanked(energy, reasons), reasons=reasons, empty=(peak.flatten() == 0).nonzero().flatten().tolist()
+            blanked(energy, reasons),
+            reasons=reasons,
+            empty=(peak.flatten() == 0).nonzero().flatten().tolist(),
         ),
         "object_share": Scored(blanked(100 * share, reasons), reasons=reasons),
     }

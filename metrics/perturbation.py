@@ -9,7 +9,7 @@ import torch
 from faithmap import metric
 from faithmap.batch import Scored, seed_of
 from faithmap.errors import RequestError
-from faithmap.perturb import make_fill, masked_logits, removal_ranks_both, step_counts, tied_share
+from faithmap.perturb import make_fill, masked_logits, removal_ranks_both, step_counts, tie_order, tied_share
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -59,7 +59,9 @@ def perturbation(
         The scores of the label curve are left out where the batch has no labels.
     """
     shares = _shares(span, steps)
-    ranks = removal_ranks_both(maps, batch.ties())
+    if "tie order" not in batch.cache:
+        batch.cache["tie order"] = tie_order(batch.ties())
+    ranks = removal_ranks_both(maps, batch.ties(), batch.cache["tie order"])
     logits = _logits(model, batch, ranks, step_counts(maps[0].numel(), shares), fill)
     scores: dict[str, Values] = {}
     for reading, curves in _curves(logits, batch).items():
@@ -70,7 +72,9 @@ def perturbation(
 
 def _shares(span: float, steps: int) -> tuple[float, ...]:
     if not 0 < span <= 1:
-        raise RequestError(f"metric 'perturbation', parameter 'span': got {span}, expected a share above 0, up to 1")
+        raise RequestError(
+            f"metric 'perturbation', parameter 'span': got {span}, expected a share above 0, up to 1"
+        )
     if steps < 1:
         raise RequestError(f"metric 'perturbation', parameter 'steps': got {steps}, expected at least 1")
     return tuple(span * step / steps for step in range(steps + 1))

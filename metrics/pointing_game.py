@@ -8,8 +8,8 @@ import torch
 
 from faithmap import metric
 from faithmap.batch import Scored
-from faithmap.regions import blanked, left_out, region_of
 from faithmap.perturb import removal_ranks
+from faithmap.regions import blanked, left_out, region_of
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -169,7 +169,8 @@ def test_explain_of_a_broken_image_fails(tmp_path: Path, typed) -> None:  # type
     assert "image 'broken.png' cannot be read" in shown
 
 
-def test_the_doctor_names_versions_and_states(typed) -> None:  # type: ignore[no-untyped-def]
+def test_the_doctor_names_versions_and_states(typed, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # type: ignore[no-untyped-def]
+    monkeypatch.chdir(tmp_path)
     code, shown = typed("doctor")
     assert code == 0, shown
     for word in ("faithmap", "torch", "torchvision", "cpu", "explainers", "hub cache"):

@@ -141,7 +141,9 @@ def pointing(values: Tensor, ties: Tensor, region: Sequence[Sequence[bool]], tol
     pixel = removal_order(values, ties)[0]
     py, px = pixel // width, pixel % width
     near = any(
-        region[y][x] and ((y - py) ** 2 + (x - px) ** 2) ** 0.5 <= tolerance for y in range(height) for x in range(width)
+        region[y][x] and ((y - py) ** 2 + (x - px) ** 2) ** 0.5 <= tolerance
+        for y in range(height)
+        for x in range(width)
     )
     return 100.0 if near else 0.0
 
