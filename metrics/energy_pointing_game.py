@@ -15,7 +15,8 @@ if TYPE_CHECKING:
 
 @metric(
     version=1,
-    source="Wang et al. 2020 (Score-CAM), sec. 4.3; with masks the relevance mass accuracy of Arras et al. 2022",
+    source="Wang et al. 2020 (Score-CAM), sec. 4.3; with masks the relevance mass accuracy of Arras et al. "
+    "2022",
     scores={"energy_pg": "higher", "object_share": "none"},
     needs={"region"},
     fallback={"energy_pg": "object_share"},

@@ -61,7 +61,7 @@ def pointing_game(
 
 
 def distance(mask: Tensor, points: Tensor) -> Tensor:
-    """Distances (B,) in pixels from pixels, given by flat index (B,), to the nearest pixel of masks (B, H, W).
+    """Distances (B,) in pixels from pixels (B,), as flat indices, to the nearest pixel of masks (B, H, W).
 
     Infinite where a mask is empty.
     """

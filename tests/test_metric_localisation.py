@@ -176,7 +176,8 @@ def test_wrong_images_and_other_classes_are_left_out(batch: Batch) -> None:
     mixed = replace(batch, labels=torch.tensor([1, 0, -1, 1]), targets=torch.tensor([1, 1, 1, 0]), cache={})
     reasons = list(energy(mixed, maps).reasons)
     assert reasons == [
-        "", "the model is wrong", "the image has no label", "the map explains another class than the object's",
+        "", "the model is wrong", "the image has no label",
+        "the map explains another class than the object's",
     ]  # fmt: skip
     explained = replace(mixed, targets=torch.tensor([1, 0, 1, 0]), cache={})
     assert list(pointing(explained, maps).reasons)[:2] == ["", "the model is wrong"]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -40,8 +39,8 @@ class Given:
 
 
 @pytest.fixture
-def torchcam() -> Iterator[Any]:
-    yield pytest.importorskip("torchcam.metrics")
+def torchcam() -> Any:
+    return pytest.importorskip("torchcam.metrics")
 
 
 def distinct_maps(count: int, side: int) -> Tensor:

@@ -35,8 +35,8 @@ def manifest(**identity: object) -> dict[str, object]:
         "weights": {"m": "w"},
     }
     return {
-        "identity": {**whole, **identity}, "models": {"m": {}}, "datasets": {"d": {}}, "explainers": {"e": {}},
-        "metrics": [{"spec": "perturbation/1"}], "cells": ["cell"],
+        "identity": {**whole, **identity}, "models": {"m": {}}, "datasets": {"d": {}},
+        "explainers": {"e": {}}, "metrics": [{"spec": "perturbation/1"}], "cells": ["cell"],
         "request": {"models": ["m"], "datasets": ["d"], "explainers": ["e"]},
     }  # fmt: skip
 
