@@ -73,7 +73,6 @@ def test_scoring_forwards_at_the_bare_rate(benchmark: BenchmarkFixture) -> None:
     for _ in range(ROUNDS):
         for name, (call, forwarded) in rivals.items():
             theirs[name].append(forwarded / seconds(call))
-            # Next to every rival, so that a busy spell of the machine hits both sides.
         ours.append(passes / seconds(lambda: metric(model, batch, maps)))
     rates = {name: statistics.median(found) for name, found in theirs.items()}
     best = max(rates, key=rates.__getitem__)
