@@ -88,7 +88,7 @@ def draw_grid(rows: Sequence[tuple[str, Tensor, Sequence[Tensor | None]]], title
 
     width, height = len(titles) + 1, len(rows)
     inches = 1.25 * height + 0.5
-    figure = Figure(figsize=(1.25 * width, inches), dpi=130)
+    figure = Figure(figsize=(1.25 * width, inches), dpi=90)
     axes = figure.subplots(height, width, squeeze=False)
     figure.subplots_adjust(
         left=0.005, right=0.995, bottom=0.005, top=1 - 0.45 / inches, wspace=0.04, hspace=0.14
