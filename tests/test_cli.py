@@ -112,6 +112,7 @@ def test_a_board_written_elsewhere_can_be_rebuilt_there(finished: Path, tmp_path
     assert first == (finished / "leaderboard.csv").read_bytes()
     (out / "leaderboard.csv").unlink()
     assert typed("leaderboard", out)[0] == 0
+    assert "a published board" in typed("status", out)[1]
     assert (out / "leaderboard.csv").read_bytes() == first
 
 

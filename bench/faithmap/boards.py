@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
 from faithmap.errors import RequestError
-from faithmap.folders import publish, read_run, read_runs
+from faithmap.folders import publish, read_images, read_run, read_runs
 from faithmap.store import RunStore, write_bytes
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 SHOWN_REASONS = 8
 
@@ -73,60 +77,42 @@ def status(path: Path, console: Console) -> int:
     from rich.table import Table
 
     rows, manifest = read_run(path)
-    running = _is_running(path)
-    request = manifest["request"]
-    console.print(
-        f"{path}: {'running' if running else 'not running'}; begun by: {manifest['command'] or 'Python'}",
-        markup=False,
-        highlight=False,
-        soft_wrap=True,
-    )
+    state = "running" if _is_running(path) else "not running"
+    begun = manifest["command"] or "Python"
+    console.print(f"{path}: {state}; begun by: {begun}", markup=False, highlight=False, soft_wrap=True)
     table = Table(
-        "model",
-        "dataset",
-        "explainer",
-        "images",
-        "of",
-        "failed",
-        "empty",
-        "skipped",
-        box=None,
-        pad_edge=False,
+        "model", "dataset", "explainer", "scored", "failed", "empty", "skipped", box=None, pad_edge=False
     )
-    unfinished = 0
-    for model in request["models"]:
-        for dataset in request["datasets"]:
-            here = rows[(rows["model"] == model) & (rows["dataset"] == dataset)]
-            asked = manifest["datasets"][dataset]["images"]
-            unreadable = here[here["explainer"] == ""]["image_id"].nunique()
-            for label in request["explainers"]:
-                entry = manifest["explainers"][label]
-                own = here[
-                    (here["explainer"] == entry["name"]) & _same_params(here["params"], entry["params"])
-                ]
-                seen = own["image_id"].nunique()
-                unfinished += max(asked - unreadable - seen, 0)
-                counts = own.drop_duplicates(["image_id", "status"])["status"].value_counts()
-                table.add_row(
-                    model, dataset, label, str(seen), str(asked - unreadable),
-                    *(str(counts.get(kind, 0)) for kind in ("failed", "empty", "skipped")),
-                )  # fmt: skip
+    shares = completeness(path, manifest, rows)
+    for (model, dataset, label), (held, asked) in shares.items():
+        name = manifest["explainers"][label]["name"]
+        here = (rows["model"] == model) & (rows["dataset"] == dataset) & (rows["explainer"] == name)
+        counts = rows[here].drop_duplicates(["image_id", "status"])["status"].value_counts()
+        share = f"{100 * held / asked:.0f}%" if asked else "nothing to score"
+        table.add_row(
+            model, dataset, label, share, *(str(counts.get(k, 0)) for k in ("failed", "empty", "skipped"))
+        )
     console.print(table)
-    console.print(
-        "complete" if not unfinished else "unfinished; run the same command again to go on", highlight=False
-    )
+    whole = all(held >= asked for held, asked in shares.values())
+    console.print("complete" if whole else "unfinished; run the same command again to go on", highlight=False)
     return print_failures(path, console)
 
 
-def _same_params(column: object, params: dict[str, object]) -> object:
-    """Rows whose parameters are these, a null's draw and a moved map's null aside."""
-    import json
-
-    def same(text: str) -> bool:
-        held = {key: value for key, value in json.loads(text).items() if key not in ("draw", "null")}
-        return bool(held == json.loads(json.dumps(params)))
-
-    return column.map(same)  # type: ignore[attr-defined]
+def completeness(
+    path: Path, manifest: Mapping[str, Any], rows: pd.DataFrame
+) -> dict[tuple[str, str, str], tuple[int, int]]:
+    """Image and metric pairs (stored, asked for), by model, dataset and explainer label."""
+    images = read_images(path) or {}
+    unreadable = rows[rows["explainer"] == ""].groupby("dataset")["image_id"].agg(set).to_dict()
+    done = RunStore(path).done(manifest["plan"])
+    shares: dict[tuple[str, str, str], tuple[int, int]] = {}
+    for key, entry in manifest["plan"].items():
+        wanted = images.get(entry["dataset"], set()) - unreadable.get(entry["dataset"], set())
+        held = sum(image in wanted and spec in entry["specs"] for image, spec in done[key])
+        place = (entry["model"], entry["dataset"], entry["explainer"])
+        before = shares.get(place, (0, 0))
+        shares[place] = (before[0] + held, before[1] + len(wanted) * len(entry["specs"]))
+    return shares
 
 
 def _is_running(path: Path) -> bool:

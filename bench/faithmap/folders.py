@@ -100,4 +100,5 @@ def publish(rows: pd.DataFrame, manifest: Mapping[str, Any], out: Path) -> None:
     store.create()
     table = pa.Table.from_pandas(rows, schema=SCHEMA, preserve_index=False)
     write_table(store.rows_path / PUBLISHED / "rows.parquet", table)
-    store.write_manifest({**manifest, "cells": [PUBLISHED]})
+    kept = {key: value for key, value in manifest.items() if key != "plan"}
+    store.write_manifest({**kept, "cells": [PUBLISHED]})

@@ -120,7 +120,7 @@ def _run_locked(
     if held is not None:
         merged = {**held["identity"]["weights"], **grid_identity["weights"]}
         grid_identity = {**grid_identity, "weights": merged}
-    content = manifest(grid, grid_identity, settings, cells)
+    content = {**manifest(grid, grid_identity, settings, cells), "plan": planned(groups)}
     store.write_manifest(content)
     images = {dataset.label: [sample.id for sample in samples] for dataset, samples in grid.datasets}
     storage.write_bytes(store.path / IMAGES, (json.dumps(images, indent=0) + "\n").encode())
@@ -132,6 +132,20 @@ def _run_locked(
     drawn = draw_previews(groups, store) if figures else []
     written = write_boards(*read_run(store.path), store.path, figures=figures)
     return Run(store.path, content, (*written, *drawn))
+
+
+def planned(groups: Sequence[Group]) -> dict[str, dict[str, Any]]:
+    """What each cell of the request holds once it is complete, by cell key."""
+    return {
+        task.cell.key: {
+            "model": task.cell.model,
+            "dataset": task.cell.dataset,
+            "explainer": task.cell.label,
+            "specs": [use.spec for use in task.metrics if use.facts.sample is None],
+        }
+        for group in groups
+        for task in group.tasks
+    }
 
 
 def refuse_other_identity(held: Mapping[str, Any], asked: Mapping[str, Any], path: Path) -> None:
