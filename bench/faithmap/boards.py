@@ -10,7 +10,7 @@ from rich.console import Console
 
 from faithmap.errors import RequestError
 from faithmap.folders import publish, read_images, read_run, read_runs
-from faithmap.store import RunStore, write_bytes
+from faithmap.store import LOCK, RunStore, write_bytes
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -80,6 +80,9 @@ def status(path: Path, console: Console) -> int:
     state = "running" if _is_running(path) else "not running"
     begun = manifest["command"] or "Python"
     console.print(f"{path}: {state}; begun by: {begun}", markup=False, highlight=False, soft_wrap=True)
+    if "plan" not in manifest:
+        console.print(f"a published board: {len(rows)} rows", highlight=False)
+        return print_failures(path, console)
     table = Table(
         "model", "dataset", "explainer", "scored", "failed", "empty", "skipped", box=None, pad_edge=False
     )
@@ -116,6 +119,8 @@ def completeness(
 
 
 def _is_running(path: Path) -> bool:
+    if not (path / LOCK).exists():  # looking must not leave a lock behind
+        return False
     try:
         with RunStore(path).locked():
             return False

@@ -41,6 +41,7 @@ KEY_COLUMNS = [
 MANIFEST = "manifest.json"
 UNFINISHED = ".unfinished"
 PREVIEWS = "previews"
+LOCK = ".lock"
 
 #: (image id, metric spec): what a cell has rows of.
 Done = set[tuple[str, str]]
@@ -65,7 +66,7 @@ class RunStore:
         """
         try:
             foreign = self.path.is_dir() and any(self.path.iterdir()) and not (self.path / MANIFEST).exists()
-            if foreign and not self.rows_path.is_dir() and not (self.path / ".lock").exists():
+            if foreign and not self.rows_path.is_dir() and not (self.path / LOCK).exists():
                 raise RequestError(
                     f"{self.path} is not empty and holds no run; name another folder with --out, or empty it"
                 )
@@ -85,7 +86,7 @@ class RunStore:
         Raises:
             RequestError: another process holds it.
         """
-        lock = FileLock(self.path / ".lock", timeout=0)
+        lock = FileLock(self.path / LOCK, timeout=0)
         try:
             lock.acquire()
         except Timeout:
