@@ -18,7 +18,7 @@ from faithmap.plan import ExplainerUse, Grid
 from faithmap.scoring import MetricUse
 
 LIBRARIES = (
-    "torch", "torchvision", "timm", "captum", "grad-cam", "numpy", "scipy", "scikit-image", "pillow",
+    "torch", "torchvision", "timm", "captum", "grad-cam", "numpy", "scipy", "pillow",
     "pandas", "pyarrow",
 )  # fmt: skip
 
