@@ -59,7 +59,7 @@ def channel_count(model: Model, layer: str | None = None) -> int:
     blank = torch.zeros(1, 3, *model.input_size, device=model.device)
     try:
         with torch.no_grad():
-            model.module((blank - model.mean) / model.std)
+            model.module(model.normalise(blank))
     finally:
         handle.remove()
     if not held:

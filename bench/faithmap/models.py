@@ -105,7 +105,7 @@ class Model(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """Logits (B, classes), float32, of images (B, 3, H, W) in [0, 1]."""
         self.meter.forwards += len(images)
-        normalised = (images - self.mean) / self.std
+        normalised = self.normalise(images)
         if self.precision == "fp32":
             logits = self.module(normalised)
         else:
@@ -119,6 +119,12 @@ class Model(nn.Module):
         if logits.requires_grad:
             logits.register_hook(self._count_backward)
         return logits.float()
+
+    def normalise(self, images: Tensor) -> Tensor:
+        """Images (B, 3, H, W) in [0, 1] as the network takes them; the order in memory is kept."""
+        # In place: on a CPU a second large tensor costs more than the division. One fused product and
+        # sum would round differently at different places in memory.
+        return (images - self.mean).div_(self.std)
 
     def _count_backward(self, gradient: Tensor) -> None:
         # An image whose logits get no gradient passes through backward for nothing: not counted.
@@ -141,7 +147,7 @@ class Model(nn.Module):
             example = torch.zeros(1, 3, *self.input_size, device=self.device)
             try:
                 self._anatomy = find_anatomy(
-                    self.module, (example - self.mean) / self.std, self._layer, self._reshape, self._family
+                    self.module, self.normalise(example), self._layer, self._reshape, self._family
                 )
             except RequestError as error:
                 raise RequestError(f"model '{self.name}': {error}") from error
