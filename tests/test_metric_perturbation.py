@@ -73,9 +73,16 @@ def test_a_map_and_its_negative_exchange_their_curves_exactly(cnn: Model, fill: 
         maps[2] = 0
     there, back = score(cnn, batch, maps, fill=fill), score(cnn, batch, -maps, fill=fill)
     for reading in ("", "@label", "@probability"):
-        for one, other in (("pos_auc", "neg_auc"), ("neg_auc", "pos_auc")):
-            assert torch.equal(there[one + reading].values, back[other + reading].values)
-        assert torch.equal(there[f"auc_d{reading}"].values, -back[f"auc_d{reading}"].values)
+        # The masked images are the same bit for bit, but stand at other places of a batch, which moves
+        # the probabilities of some CPUs' kernels by a rounding. Hits do not move.
+        slack = 1e-5 if reading == "@probability" else 0.0
+        for one, other, sign in (
+            ("pos_auc", "neg_auc", 1),
+            ("neg_auc", "pos_auc", 1),
+            ("auc_d", "auc_d", -1),
+        ):
+            expected = sign * back[other + reading].values
+            torch.testing.assert_close(there[one + reading].values, expected, rtol=0, atol=slack)
     assert torch.equal(there["ties"].values, back["ties"].values)
 
 
