@@ -22,12 +22,30 @@ from faithmap.layers import Anatomy, Reshape, as_features, find_anatomy
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
-@dataclass
 class Meter:
     """Counts the images that pass through a model, forwards and backwards."""
 
-    forwards: int = 0
-    backwards: int = 0
+    def __init__(self) -> None:
+        self.forwards = 0
+        self._backwards: int | Tensor = 0
+
+    @property
+    def backwards(self) -> int:
+        """Images whose logits got a gradient."""
+        return int(self._backwards)
+
+    def count_backward(self, gradient: Tensor) -> None:
+        """Count a gradient of logits (B, classes); an image without any takes no part.
+
+        The count stays on the device until it is asked for: reading it here would make the device
+        wait within what is being timed.
+        """
+        self._backwards = self._backwards + (gradient.detach().flatten(1) != 0).any(1).sum()
+
+    def add(self, other: Meter) -> None:
+        """Add what another meter has counted."""
+        self.forwards += other.forwards
+        self._backwards = self._backwards + other.backwards
 
 
 @dataclass(frozen=True)
@@ -117,7 +135,7 @@ class Model(nn.Module):
                 "expected a tensor of logits (B, classes)"
             )
         if logits.requires_grad:
-            logits.register_hook(self._count_backward)
+            logits.register_hook(self._count)
         return logits.float()
 
     def normalise(self, images: Tensor) -> Tensor:
@@ -126,9 +144,8 @@ class Model(nn.Module):
         # sum would round differently at different places in memory.
         return (images - self.mean).div_(self.std)
 
-    def _count_backward(self, gradient: Tensor) -> None:
-        # An image whose logits get no gradient passes through backward for nothing: not counted.
-        self.meter.backwards += int((gradient.flatten(1) != 0).any(1).sum())
+    def _count(self, gradient: Tensor) -> None:
+        self.meter.count_backward(gradient)
 
     @property
     def device(self) -> torch.device:
@@ -201,8 +218,7 @@ class Model(nn.Module):
         try:
             yield self.meter
         finally:
-            outer.forwards += self.meter.forwards
-            outer.backwards += self.meter.backwards
+            outer.add(self.meter)
             self.meter = outer
 
     def digest(self) -> str:
