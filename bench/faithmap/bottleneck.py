@@ -130,8 +130,8 @@ def load_statistics(path: str | Path, model: Model, layer: str | None = None) ->
     file, name = Path(path).expanduser(), layer or model.target_layer
     if not file.is_file():
         raise RequestError(
-            f"statistics '{path}' are neither {' nor '.join(OWN_STATISTICS)} nor a file; "
-            f"{nearest(str(path), OWN_STATISTICS)}, or write a file with faithmap.bottleneck.fit_statistics"
+            f"statistics '{path}': no such word ({nearest(str(path), OWN_STATISTICS)}) and no such file; "
+            "faithmap.bottleneck.fit_statistics makes what such a file holds"
         )
     try:
         with safe_open(file, framework="pt") as held:
