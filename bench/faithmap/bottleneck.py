@@ -282,5 +282,5 @@ def _put_back(model: Model, output: Tensor, features: Tensor, name: str, size: t
             f"the features of layer '{name}' are computed from its output, not picked from it; "
             "name a layer, or give a reshape=, that only moves values"
         )
-    onward: Tensor = flat.scatter(1, index.expand(len(output), -1), features.flatten(1))
-    return onward.view(output.shape)
+    onward: Tensor = flat.scatter(1, index.expand(len(output), -1), features.flatten(1)).view(output.shape)
+    return onward
