@@ -453,16 +453,36 @@ class TestOptiCAM:
         final = objective(explain("opti-cam", model, batch, iterations=10, **params))
         assert bool((final >= start).all()) and bool((final > start + 1e-5).any())
 
-    def test_an_image_stops_by_itself(self) -> None:
+    @pytest.mark.parametrize("together", [1, 2])
+    def test_an_image_stops_by_itself(self, together: int, monkeypatch: pytest.MonkeyPatch) -> None:
         # On a white image all cells are equal: S is constant, so is the score, and two passes tell.
+        monkeypatch.setitem(
+            registry.get("explainer", "opti-cam").target.__globals__, "_together", lambda _model: together
+        )
         model, batch = spots()
-        images = torch.cat([torch.ones(1, 3, 16, 16), batch.images])
-        both = batch_of(model, images)
+        alone = explain("opti-cam", model, batch, iterations=9)
+        both = batch_of(model, torch.cat([torch.ones(1, 3, 16, 16), batch.images]))
         with model.counting() as meter:
             maps = explain("opti-cam", model, both, iterations=9)
         assert (meter.forwards, meter.backwards) == (2 + 2 + 9, 2 + 9)
         assert not maps[0].any()
-        assert torch.allclose(maps[1:], explain("opti-cam", model, batch, iterations=9), atol=1e-6)
+        assert torch.allclose(maps[1:], alone, atol=1e-6)
+
+    def test_images_that_are_done_stay_as_they_are(self, cnn: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+        batch = make_batch(cnn, 3)
+        alone = explain("opti-cam", cnn, batch, iterations=25, tolerance=1e-4)
+        monkeypatch.setitem(
+            registry.get("explainer", "opti-cam").target.__globals__, "_together", lambda _model: 3
+        )
+        with cnn.counting() as meter:
+            together = explain("opti-cam", cnn, batch, iterations=25, tolerance=1e-4)
+        assert meter.forwards < 3 * 26  # some stopped early
+        assert float((alone - together).abs().max()) < 1e-3
+
+    def test_a_map_is_the_same_in_any_batch_to_the_bit(self, model: Model, batch: Batch) -> None:
+        together = explain("opti-cam", model, batch, iterations=12)
+        for i in range(len(batch)):
+            assert torch.equal(together[i], explain("opti-cam", model, batch.select([i]), iterations=12)[0])
 
     def test_a_loose_tolerance_stops_at_the_second_pass(self, model: Model, batch: Batch) -> None:
         with model.counting() as meter:

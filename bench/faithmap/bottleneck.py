@@ -258,7 +258,7 @@ def logits_with(model: Model, images: Tensor, features: Tensor, layer: str | Non
     grad_before = torch.is_grad_enabled()
     try:
         torch.set_grad_enabled(False)
-        logits = model(images)
+        logits: Tensor = model(images)
     finally:
         torch.set_grad_enabled(grad_before)
         handle.remove()
