@@ -51,5 +51,5 @@ def attention_guided_cam(model: Model, batch: Batch) -> Maps:
 
     attention = batch.attention
     layers = zip(attention.scores, attention.skip_gradients(batch.targets), strict=True)
-    tokens = [(scores.float().sigmoid() * gradients.clamp_min(0)).sum((1, 2)) for scores, gradients in layers]
+    tokens = [(scores.sigmoid() * gradients.clamp_min(0)).sum((1, 2)) for scores, gradients in layers]
     return attention.fold(torch.stack(tokens).sum(0))

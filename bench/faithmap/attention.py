@@ -72,12 +72,12 @@ class Attention:
     @property
     def maps(self) -> list[Tensor]:
         """Attention (B, heads, N, N) of each block, the first block first; each row adds up to one."""
-        return [attention.detach() for attention in self._trace.maps]
+        return [_wide(attention.detach()) for attention in self._trace.maps]
 
     @property
     def scores(self) -> list[Tensor]:
         """What each block's softmax took in, (B, heads, R, N): scaled products, of the rows read alone."""
-        return self._trace.scores
+        return [_wide(scores) for scores in self._trace.scores]
 
     @property
     def read(self) -> Tensor:
@@ -103,7 +103,8 @@ class Attention:
 
     def start(self) -> Tensor:
         """(B, N): the shares in `read`, once an image; what a product over the blocks begins with."""
-        return self.read.to(self._trace.maps[0].dtype).expand(len(self._trace.maps[0]), -1)
+        first = _wide(self._trace.maps[0][:, 0, 0].detach())
+        return self.read.to(first.dtype).expand(len(first), -1)
 
     def fold(self, tokens: Tensor) -> Tensor:
         """Bring a value a token (B, N) to the grid of patches (B, h, w); prefix tokens are left out."""
@@ -121,8 +122,13 @@ class Attention:
             finally:
                 trace.switch.on = False
             rows = self._tokens.rows
-            self._gradients[key] = [g[:, :, rows] if along_skips else g for g in gradients]
+            self._gradients[key] = [_wide(g[:, :, rows] if along_skips else g) for g in gradients]
         return self._gradients[key]
+
+
+def _wide(values: Tensor) -> Tensor:
+    """Reduced precision ends here: sums and products over blocks are taken in float32."""
+    return values.float() if values.dtype in (torch.bfloat16, torch.float16) else values
 
 
 @dataclass(frozen=True)
