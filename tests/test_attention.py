@@ -351,6 +351,22 @@ class Sigmoid(Windows):
         return logits
 
 
+class TalkingHeads(Sigmoid):
+    """Heads are mixed behind the softmax: what the dropout sees is no softmax any more."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        attention = self.blocks[0].attn
+        attention.num_heads = 1
+
+        def forward(x: Tensor, **_: Any) -> Tensor:
+            weights = (x @ x.transpose(1, 2)).softmax(2).unsqueeze(1)
+            mixed: Tensor = attention.attn_drop(0.9 * weights)
+            return mixed.squeeze(1) @ x
+
+        attention.forward = forward
+
+
 def swin() -> nn.Module:
     from timm.models.swin_transformer import SwinTransformer
 
@@ -388,6 +404,7 @@ class TestReasons:
             (lambda: vit(attn_layer="diff", num_heads=2), 16, r"are \(4, 17, 17\); expected \(2, 17, 17\)"),
             (Windows, 16, r"are \(3, 8, 8\); expected \(3, 16, 16\)"),
             (Sigmoid, 16, "not a softmax of scores"),
+            (TalkingHeads, 16, "not a softmax of scores"),
         ],
     )
     def test_is_given_for_what_cannot_be_read(
