@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
+from faithmap.attention import Attention
 from faithmap.context import Context
 from faithmap.models import Model
 from faithmap.records import digest
@@ -88,6 +89,11 @@ class Batch:
     def gradients(self, layer: str | None = None) -> Tensor:
         """Gradients (B, C, h, w) of the target logits with respect to those features."""
         return self.context.gradients(self.targets, layer)
+
+    @property
+    def attention(self) -> Attention:
+        """Attention maps of a vision transformer, and their gradients on demand; shared by all explainers."""
+        return self.context.attention
 
     def generator(self, i: int) -> torch.Generator:
         """A generator on the CPU for image i, seeded by the run, the explainer and the image's id alone."""

@@ -2,7 +2,8 @@
 
 The forward pass runs without a graph up to the layer asked for and records one from there on, so
 that a CAM costs one forward and the backward of the layers behind its own. All gradient CAMs of a
-batch share these two passes.
+batch share these two passes. Attention maps are read in a pass of their own, which all explainers of
+attention share.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from faithmap.attention import Attention
 from faithmap.errors import RequestError
 from faithmap.models import Model
 
@@ -33,6 +35,7 @@ class Context:
         self._activations: dict[str, Tensor] = {}
         self._graphs: dict[str, tuple[Tensor, Tensor]] = {}
         self._gradients: dict[tuple[str, str], Tensor] = {}
+        self._attention: Attention | None = None
 
     @property
     def logits(self) -> Tensor:
@@ -69,9 +72,18 @@ class Context:
             self._gradients[key] = torch.zeros_like(leaf) if gradient is None else gradient
         return self.model.features(self._gradients[key], layer, self._size)
 
+    @property
+    def attention(self) -> Attention:
+        """Attention maps of every block, and their gradients on demand; vision transformers of timm only."""
+        # Its logits are not kept: unfused, they differ from those of the other passes by a rounding.
+        if self._attention is None:
+            self._attention = Attention(self.model, self.images)
+        return self._attention
+
     def release(self) -> None:
         """Drop every tensor and graph that is held."""
         self._logits = None
+        self._attention = None
         self._activations.clear()
         self._graphs.clear()
         self._gradients.clear()

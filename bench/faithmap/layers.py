@@ -109,8 +109,14 @@ def find_anatomy(
         family: "cnn" or "vit" where the user knows better.
 
     Raises:
-        RequestError: the layer does not exist, or no spatial features could be found.
+        RequestError: the layer does not exist, no spatial features could be found, or the network
+            has no classes.
     """
+    if getattr(module, "num_classes", None) == 0:
+        raise RequestError(
+            "the network has no classification head (num_classes=0), so there is no class to explain; "
+            "give it one, with kwargs such as {num_classes = 1000} and weights that were trained with it"
+        )
     tokens = _token_layout(module)
     found_family = family or ("vit" if tokens is not None or _is_windowed(module) else "cnn")
     if layer is None and tokens is not None:
