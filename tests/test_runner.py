@@ -404,3 +404,31 @@ def test_the_manifest_says_what_a_row_depends_on(place: Path) -> None:
     assert manifest["datasets"]["squares"]["revision"] == "1"
     (model,) = manifest["models"].values()
     assert model["grid"] == [8, 8] and model["digest"] == manifest["identity"]["weights"]["net.py:build"]
+
+
+def test_a_file_named_by_an_explainer_is_keyed_by_content(place: Path) -> None:
+    from faithmap.bottleneck import fit_statistics
+    from faithmap.plan import make_grid, plan_tasks
+
+    model = make_cnn()
+
+    def key_of(folder: Path, seed: int) -> str:
+        folder.mkdir(exist_ok=True)
+        images = torch.rand(8, 3, 32, 32, generator=torch.Generator().manual_seed(seed))
+        fit_statistics(model, [images]).save(folder / "seen.safetensors")
+        config = folder / "iba.toml"
+        config.write_text(
+            '[[datasets]]\nname = "squares"\n[[explainers]]\nname = "iba"\nstatistics = "seen.safetensors"\n'
+        )
+        grid = make_grid(load_config(config), [model])
+        task = plan_tasks(grid, model, grid.datasets[0][0])[0]
+        assert task.cell.params["statistics"] == "seen.safetensors"  # as typed: no folder of this machine
+        return task.cell.key
+
+    first = key_of(place / "here", seed=1)
+    assert key_of(place / "there", seed=1) == first
+    assert key_of(place / "here", seed=2) != first
+    config = load_config(place / "there" / "iba.toml").with_run(limit=2)
+    done = faithmap.run(config, models=[model], out=place / "run", figures=False)
+    scored = done.rows().query("explainer == 'iba' and metric == 'auc_d'")
+    assert list(scored["status"]) == ["ok", "ok"]

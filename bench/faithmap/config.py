@@ -25,6 +25,8 @@ LISTS = SECTIONS[1:]
 DEFAULT_PRESET = "quickstart"
 #: Parameters that name files or folders; a relative one is relative to the TOML file.
 PATH_KEYS = ("weights", "root", "index", "class_map")
+#: Parameters of explainers that hold a word or the path of a file.
+FILE_KEYS = ("statistics", "weights")
 
 
 class RunSettings(BaseModel):
@@ -252,6 +254,16 @@ def located(spec: Spec) -> tuple[str, dict[str, Any]]:
     file, _, function = spec.name.rpartition(":")
     name = f"{_place(file, spec.base)}:{function}" if file.endswith(".py") else spec.name
     return name, params
+
+
+def located_files(spec: Spec) -> dict[str, str]:
+    """The files that an explainer's parameters name, by parameter; a word that is no file is left out."""
+    places = {
+        key: _place(value, spec.base)
+        for key, value in spec.params.items()
+        if key in FILE_KEYS and isinstance(value, str)
+    }
+    return {key: place for key, place in places.items() if Path(place).is_file()}
 
 
 def _place(text: str, base: Path | None) -> str:

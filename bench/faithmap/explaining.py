@@ -55,9 +55,17 @@ def lacking(needs: frozenset[str], gives: frozenset[str] | set[str]) -> str:
     return ""
 
 
-def bind(plugin: Plugin, params: Mapping[str, Any]) -> Callable[[Model, Batch], Maps]:
-    """Make `call(model, batch) -> maps` of an explainer, with its seeds and its random state."""
-    inner = plugin.make(params)
+def bind(
+    plugin: Plugin, params: Mapping[str, Any], files: Mapping[str, str] | None = None
+) -> Callable[[Model, Batch], Maps]:
+    """Make `call(model, batch) -> maps` of an explainer, with its seeds and its random state.
+
+    Args:
+        plugin: the explainer.
+        params: all of its parameters; they enter the seeds.
+        files: parameters that name a file, with the place where it lies on this machine.
+    """
+    inner = plugin.make({**params, **(files or {})})
     key = canonical_json([plugin.name, params])
 
     def call(model: Model, batch: Batch) -> Maps:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from faithmap.batch import Batch, Maps
-from faithmap.config import Config, located
+from faithmap.config import Config, located, located_files
 from faithmap.data import LoadedDataset, choose, load_dataset
 from faithmap.errors import RequestError
 from faithmap.explaining import bind, lacking, undefined
@@ -23,7 +25,16 @@ class ExplainerUse:
 
     label: str
     plugin: Plugin
+    #: As they were given: a file keeps the path that was typed.
     params: dict[str, Any]
+    #: Parameters that name a file, with the place where it was found.
+    files: Mapping[str, str] = field(default_factory=dict)
+
+    def files_key(self) -> dict[str, str]:
+        """SHA-256 of each file: its content is part of what the maps depend on, its place is not."""
+        return {
+            key: hashlib.sha256(Path(place).read_bytes()).hexdigest() for key, place in self.files.items()
+        }
 
 
 @dataclass(frozen=True)
@@ -96,7 +107,7 @@ def _explainers(config: Config) -> tuple[ExplainerUse, ...]:
         params = plugin.check(spec.params)
         if plugin.facts.role == "null":
             params.pop("draw", None)
-        uses.append(ExplainerUse(spec.title, plugin, params))
+        uses.append(ExplainerUse(spec.title, plugin, params, located_files(spec)))
     return tuple(uses)
 
 
@@ -155,9 +166,10 @@ def _task(
     # A draw of a null is a parameter of its plugin; a moved map is made by the core.
     call_params = use.params if null else params
     shape = map_grid(grid.config, model)
+    files = [use.files_key()] if use.files else []
     key = digest(
         model.digest(), dataset.key, run.target, use.plugin.name, use.plugin.facts.version, params,
-        use.plugin.file_sha256(), run.seed, run.precision, run.map_grid, shape, length=20,
+        use.plugin.file_sha256(), run.seed, run.precision, run.map_grid, shape, *files, length=20,
     )  # fmt: skip
     cell = Cell(
         model=model.name,
@@ -171,7 +183,7 @@ def _task(
         null=null,
         draw=extra.get("draw"),
     )
-    return Task(cell, use.plugin, bind(use.plugin, call_params), metrics, skip)
+    return Task(cell, use.plugin, bind(use.plugin, call_params, use.files), metrics, skip)
 
 
 def identity(grid: Grid) -> dict[str, Any]:
