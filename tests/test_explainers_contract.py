@@ -23,7 +23,8 @@ from faithmap.registry import Plugin
 #: Explainers that are classes must be fitted first and have tests of their own.
 PLUGINS = [plugin for plugin in registry.plugins("explainer") if not inspect.isclass(plugin.target)]
 EXACT = (
-    "gradcam", "gradcam++", "xgradcam", "layercam", "saliency", "integrated-gradients", "occlusion",
+    "gradcam", "gradcam++", "xgradcam", "layercam", "hirescam", "eigencam", "fullgrad", "guided-gradcam",
+    "augmented-gradcam++", "saliency", "integrated-gradients", "occlusion",
     "centre", "edges", "oracle", "fake-cam", "random", "random-grid",
 )  # fmt: skip
 
