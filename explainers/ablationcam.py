@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from faithmap import explainer
@@ -83,22 +84,23 @@ def _ablated_scores(
     chunk = chunk_size(model)
     # Behind the layer a row holds features in the place of an image.
     many = max(chunk, chunk * batch.images[0].numel() // activations[0].numel())
+    ablation = _Ablation(model, layer, batch.size)
     shared = None
     for b in range(len(batch)):
         image, target = batch.images[b : b + 1], batch.targets[b]
         channels = alive[b].nonzero().squeeze(1)
         if shared is None and len(channels) > 1:
-            shared = _shares_its_trunk(model, image, layer, channels[[0, -1]])
+            shared = _shares_its_trunk(model, image, ablation, channels[[0, -1]])
         for part in channels.split(many if shared else chunk):
             rows = 1 if shared else len(part)
-            with torch.no_grad(), _without(model, layer, part, batch.size):
+            with torch.no_grad(), ablation.of(part):
                 logits = model(image.expand(rows, -1, -1, -1))
             model.meter.forwards += len(part) - rows
-            result[b, part] = logits[:, target].float()
+            result[b, part] = logits[:, target]
     return result
 
 
-def _shares_its_trunk(model: Model, image: Tensor, layer: str | None, channels: Tensor) -> bool:
+def _shares_its_trunk(model: Model, image: Tensor, ablation: _Ablation, channels: Tensor) -> bool:
     """Whether one pass up to the layer may serve many channels, by three uncounted passes of an image.
 
     The rows then part ways behind the layer alone. That is right wherever later layers meet earlier
@@ -106,10 +108,8 @@ def _shares_its_trunk(model: Model, image: Tensor, layer: str | None, channels: 
     """
     import torch
 
-    size = (int(image.shape[2]), int(image.shape[3]))
-
     def logits(rows: int) -> Tensor:
-        with torch.no_grad(), _without(model, layer, channels, size):
+        with torch.no_grad(), ablation.of(channels):
             output: Tensor = model.module(model.normalise(image.expand(rows, -1, -1, -1)))
         return output
 
@@ -123,37 +123,51 @@ def _shares_its_trunk(model: Model, image: Tensor, layer: str | None, channels: 
     return split.shape == whole.shape and torch.allclose(split, whole, rtol=1e-3, atol=1e-4)
 
 
-@contextmanager
-def _without(model: Model, layer: str | None, channels: Tensor, size: tuple[int, int]) -> Iterator[None]:
-    """A block in which a layer's output has a row for each channel, with that channel set to zero."""
-    import torch
+class _Ablation:
+    """Sets channels of a layer's output to zero, by a hook that stays for a block.
 
-    def hook(_module: Any, _inputs: Any, output: Any) -> Any:
+    Args:
+        model: the model.
+        layer: dotted name of the layer; the model's target layer where None.
+        size: (H, W) of the images.
+    """
+
+    def __init__(self, model: Model, layer: str | None, size: tuple[int, int]) -> None:
+        self.model, self.layer, self.size = model, layer, size
+        self.places: Tensor | None = None
+
+    @contextmanager
+    def of(self, channels: Tensor) -> Iterator[None]:
+        """A block in which the layer's output has a row for each of the channels, without that channel."""
+        handle = self.model.layer(self.layer).register_forward_hook(partial(self._hook, channels))
+        try:
+            yield
+        finally:
+            handle.remove()
+
+    def _hook(self, channels: Tensor, _module: Any, _inputs: Any, output: Any) -> Any:
+        import torch
+
         first = output[0] if isinstance(output, tuple | list) else output
+        if self.places is None:
+            self.places = self._find(tuple(first.shape[1:])).to(first.device)
         rows = first.expand(len(channels), *first.shape[1:]).clone(memory_format=torch.contiguous_format)
-        places = _places(model, layer, tuple(first.shape[1:]), size).to(rows.device)
-        rows.view(len(rows), -1).scatter_(1, places[channels], 0.0)
+        rows.view(len(rows), -1).scatter_(1, self.places[channels], 0.0)
         return rows if first is output else type(output)((rows, *output[1:]))
 
-    handle = model.layer(layer).register_forward_hook(hook)
-    try:
-        yield
-    finally:
-        handle.remove()
+    def _find(self, shape: tuple[int, ...]) -> Tensor:
+        """(C, cells): where in one row of the output, laid out flat, the features of a channel stand."""
+        import torch
 
+        from faithmap.errors import RequestError
 
-def _places(model: Model, layer: str | None, shape: tuple[int, ...], size: tuple[int, int]) -> Tensor:
-    """(C, cells): where in one row of a layer's output, laid out flat, the features of a channel stand."""
-    import torch
-
-    from faithmap.errors import RequestError
-
-    numbers = torch.arange(math.prod(shape)).view(1, *shape)
-    # What rearranges the output rearranges its places: so is learned which belong to a channel.
-    places = model.features(numbers, layer, size)[0].flatten(1)
-    if places.is_floating_point() or len(places.unique()) < places.numel():
-        raise RequestError(
-            f"ablationcam: the reshape of model '{model.name}' does more than rearrange the layer's output, "
-            "so that no channel can be taken out of it; give a reshape that only picks and orders tokens"
-        )
-    return places
+        numbers = torch.arange(math.prod(shape)).view(1, *shape)
+        # What rearranges the output rearranges its places: so is learned which belong to a channel.
+        places = self.model.features(numbers, self.layer, self.size)[0].flatten(1)
+        if places.is_floating_point() or len(places.unique()) < places.numel():
+            raise RequestError(
+                f"ablationcam: the reshape of model '{self.model.name}' does more than rearrange the "
+                "layer's output, so that no channel can be taken out of it; give one that only picks and "
+                "orders tokens"
+            )
+        return places

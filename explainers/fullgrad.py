@@ -30,8 +30,8 @@ def _undefined(model: Model) -> str | None:
     # Past the model's own call: neither counted nor in reduced precision.
     network = partial(_uncounted, model)
     first, logits = full_gradient(network, model, images, target, lambda part: sums.append(part.sum()))
-    terms = torch.stack([first.sum(), *sums]).double()
-    logit = logits[0, 0].double()
+    terms = torch.stack([first.sum(), *sums]).cpu().double()
+    logit = logits[0, 0].cpu().double()
     if float((terms.sum() - logit).abs()) <= TOLERANCE * float(logit.abs() + terms.abs().sum()):
         return None
     return (
