@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 from faithmap import explainer
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from faithmap.batch import Batch, Maps
     from faithmap.models import Model
 
@@ -43,6 +45,7 @@ def eigencam(model: Model, batch: Batch, *, layer: str | None = None, centre: bo
     if centre:
         cells = cells - cells.mean(1, keepdim=True)
     left, values, _ = torch.linalg.svd(cells, full_matrices=False)
-    maps = left[:, :, 0] * values[:, :1]
+    maps: Tensor = left[:, :, 0] * values[:, :1]
     sign = torch.where((maps * lengths).sum(1, keepdim=True) < 0, -1.0, 1.0)
-    return (maps * sign).reshape(len(maps), *features.shape[2:]).to(features.device, torch.float32)
+    maps = (maps * sign).reshape(len(maps), *features.shape[2:])
+    return maps.to(features.device, torch.float32)

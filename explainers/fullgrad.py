@@ -212,8 +212,8 @@ def _missing(call: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[st
     """f(z) - f'(z) z of an activation, value by value."""
     import torch
 
-    values = args[0].detach().clone().requires_grad_()
+    values: Tensor = args[0].detach().clone().requires_grad_()
     with torch.enable_grad():
-        output = call(values.clone(), *args[1:], **kwargs)  # a copy: it may work in place
+        output: Tensor = call(values.clone(), *args[1:], **kwargs)  # a copy: it may work in place
         (slope,) = torch.autograd.grad(output.sum(), values)
     return (output - slope * values).detach()
