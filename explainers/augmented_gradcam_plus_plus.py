@@ -36,7 +36,8 @@ def augmented_gradcam_plus_plus(
     """Grad-CAM++ of the image and of turned and shifted copies, laid back over each other, averaged.
 
     A copy is turned by U(-degrees, degrees) about the centre, then shifted by U(-translate, translate)
-    of its width and height, with the model's mean colour where nothing is left. Each copy's Grad-CAM++
+    of its width and height, in whole pixels; pixels take the colour of the nearest one, and the model's
+    mean colour where there is none. Each copy's Grad-CAM++
     for the image's target is stretched to [0, 1], turned and shifted back on the features' grid and
     added up; every cell is divided by the weight with which copies covered it. The image itself is the
     first, whole, of 1 + `copies` maps. A constant map is left out of sum and weight. Shape (B, h, w)
@@ -45,8 +46,8 @@ def augmented_gradcam_plus_plus(
     The paper fixes neither the number of copies nor their range; these are the ones of the baseline in
     ScoreCAM++'s code. That code explains class i with its i-th copy and never lays maps back, so that
     its sum is smeared by the very motion that was to be averaged out; the reading here follows the
-    paper's aim. The code moves pixels to their nearest neighbours; here copies are interpolated
-    bilinearly. The paper's last step, bilinear upsampling, is what is done with every map.
+    paper's aim. How it moves pixels is kept. The paper's last step, bilinear upsampling, is what is
+    done with every map.
 
     Args:
         model: the model.
@@ -68,7 +69,8 @@ def augmented_gradcam_plus_plus(
             "expected copies of 0 or more, degrees in [0, 180] and translate in [0, 1)"
         )
     count, chunk = len(batch), chunk_size(model)
-    moves = torch.cat([_moves(batch.generator(i), copies, degrees, translate) for i in range(count)])
+    drawn = [_moves(batch.generator(i), copies, degrees, translate, batch.size) for i in range(count)]
+    moves = torch.cat(drawn)
     owners = torch.arange(count).repeat_interleave(copies)
     whole = min_max(_gradcam_plus_plus(model, batch, layer)).unsqueeze(1)
     sums, weights = [whole], [_alive(whole)]
@@ -96,12 +98,14 @@ def _alive(maps: Tensor) -> Tensor:
     return (spread > 0).to(maps.dtype).expand_as(maps)
 
 
-def _moves(generator: Any, copies: int, degrees: float, translate: float) -> Tensor:
-    """(copies, 3): angle in radians, shift right and shift down as shares of the sides."""
+def _moves(generator: Any, copies: int, degrees: float, translate: float, size: tuple[int, int]) -> Tensor:
+    """(copies, 3): angle in radians, shift right and shift down, whole pixels as shares of the sides."""
     import torch
 
     reach = torch.tensor([degrees * torch.pi / 180, translate, translate])
-    return (2 * torch.rand(copies, 3, generator=generator) - 1) * reach
+    moves = (2 * torch.rand(copies, 3, generator=generator) - 1) * reach
+    sides = torch.tensor([size[1], size[0]])
+    return torch.cat([moves[:, :1], (moves[:, 1:] * sides).round() / sides], 1)
 
 
 def _copies(model: Model, batch: Batch, owner: Tensor, move: Tensor) -> Batch:
@@ -112,7 +116,8 @@ def _copies(model: Model, batch: Batch, owner: Tensor, move: Tensor) -> Batch:
 
     places = owner.to(batch.images.device)
     # Sampling beyond the border gives zero: the mean colour, as the network sees it.
-    images = _warp(batch.images[places] - model.mean, _affine(move, batch.size, inverse=True)) + model.mean
+    theta = _affine(move, batch.size, inverse=True)
+    images = _warp(batch.images[places] - model.mean, theta, mode="nearest") + model.mean
     return replace(
         batch, images=images, targets=batch.targets[places], ids=tuple(batch.ids[i] for i in owner.tolist()),
         context=Context(model, images), labels=None, masks=None, boxes=None, cache={},
@@ -137,9 +142,9 @@ def _affine(move: Tensor, size: tuple[int, int], *, inverse: bool) -> Tensor:
     return torch.cat([turn, -turn @ shift if inverse else shift], 2)
 
 
-def _warp(planes: Tensor, theta: Tensor) -> Tensor:
-    """Planes (n, C, h, w) read, bilinearly, where an affine map takes each place; zero outside."""
+def _warp(planes: Tensor, theta: Tensor, mode: str = "bilinear") -> Tensor:
+    """Planes (n, C, h, w) read where an affine map takes each place; zero outside."""
     from torch.nn import functional as F
 
     grid = F.affine_grid(theta.to(planes.dtype), list(planes.shape), align_corners=False)
-    return F.grid_sample(planes, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
+    return F.grid_sample(planes, grid, mode=mode, padding_mode="zeros", align_corners=False)

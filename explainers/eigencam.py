@@ -26,8 +26,8 @@ def eigencam(model: Model, batch: Batch, *, layer: str | None = None, centre: bo
     the paper has no ReLU.
 
     A singular vector is determined up to its sign only, which the paper leaves to chance. Here it is
-    the one with which the map grows with the features: sum_i L_i |O_i| > 0, |O_i| the length of a
-    cell's features. Rectified features then give a map without negative cells.
+    the one with which the cell of the largest size is positive (Chung and Ying 2025,
+    doi:10.3390/app15137562, eq. 13). Rectified features then give a map without negative cells.
 
     Args:
         model: the model.
@@ -41,11 +41,10 @@ def eigencam(model: Model, batch: Batch, *, layer: str | None = None, centre: bo
     features = batch.activations(layer)
     # Double precision, on the CPU: nearly equal singular values would mix by rounding.
     cells = features.flatten(2).transpose(1, 2).cpu().double()
-    lengths = torch.linalg.vector_norm(cells, dim=2)
     if centre:
         cells = cells - cells.mean(1, keepdim=True)
     left, values, _ = torch.linalg.svd(cells, full_matrices=False)
     maps: Tensor = left[:, :, 0] * values[:, :1]
-    sign = torch.where((maps * lengths).sum(1, keepdim=True) < 0, -1.0, 1.0)
+    sign = torch.where(maps.amin(1, keepdim=True).abs() > maps.amax(1, keepdim=True).abs(), -1.0, 1.0)
     maps = (maps * sign).reshape(len(maps), *features.shape[2:])
     return maps.to(features.device, torch.float32)

@@ -560,7 +560,8 @@ class TestAugmentedGradCAM:
         maps = plugin.target(model, batch, copies=3, degrees=40.0, translate=0.2)
         reach = torch.tensor([math.radians(40), 0.2, 0.2])
         for i in range(2):
-            moves = ((2 * torch.rand(3, 3, generator=batch.generator(i)) - 1) * reach).tolist()
+            drawn = ((2 * torch.rand(3, 3, generator=batch.generator(i)) - 1) * reach).tolist()
+            moves = [(angle, round(24 * right) / 24, round(16 * down) / 16) for angle, right, down in drawn]
             cams = [plus_plus(model, batch.images[i], i)]
             for angle, right, down in moves:
                 copy = slow_cams.moved_image(batch.images[i].numpy(), angle, right, down, (0.3, 0.5, 0.7))

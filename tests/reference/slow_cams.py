@@ -27,7 +27,6 @@ def eigencam(features: Array, *, centre: bool = False, steps: int = 5000) -> Arr
     channels, height, width = features.shape
     cells = [[features[k, i, j] for k in range(channels)] for i in range(height) for j in range(width)]
     matrix = np.array(cells)
-    lengths = [math.sqrt(sum(value**2 for value in cell)) for cell in cells]
     if centre:
         for k in range(channels):
             matrix[:, k] -= sum(matrix[:, k]) / len(cells)
@@ -36,7 +35,7 @@ def eigencam(features: Array, *, centre: bool = False, steps: int = 5000) -> Arr
         vector = matrix.T @ (matrix @ vector)
         vector = vector / math.sqrt(sum(vector**2))
     projection = matrix @ vector
-    if sum(p * length for p, length in zip(projection, lengths, strict=True)) < 0:
+    if max(projection, key=abs) < 0:
         projection = -projection
     return projection.reshape(height, width)
 
@@ -103,7 +102,7 @@ def move(
 
 
 def moved_image(image: Array, angle: float, right: float, down: float, colour: Sequence[float]) -> Array:
-    """The turned and shifted copy of (3, H, W), each pixel fetched from where it came from."""
+    """The turned and shifted copy of (3, H, W), each pixel with the nearest one to where it came from."""
     _, height, width = image.shape
     result = np.zeros_like(image)
     for i in range(height):
@@ -112,7 +111,8 @@ def moved_image(image: Array, angle: float, right: float, down: float, colour: S
             y, x = i - down * height, j - right * width
             y, x = move(y, x, -angle, 0.0, 0.0, (height, width))
             for c in range(3):
-                result[c, i, j] = read(image[c] - colour[c], y, x) + colour[c]
+                within = 0 <= round(y) < height and 0 <= round(x) < width
+                result[c, i, j] = image[c, round(y), round(x)] if within else colour[c]
     return result
 
 
