@@ -32,7 +32,7 @@ class _NoHooks:
         pass
 
 
-def library_cam(method: type[Any], activations: Tensor, gradients: Tensor) -> Tensor:
+def library_cam(method: type[Any], activations: Tensor, gradients: Tensor, *, relu: bool = True) -> Tensor:
     """A CAM by pytorch-grad-cam's formula of a class, before any rescaling, with the final ReLU.
 
     The object is made without its constructor, which would hook the model.
@@ -41,15 +41,17 @@ def library_cam(method: type[Any], activations: Tensor, gradients: Tensor) -> Te
         method: a subclass of pytorch-grad-cam's `BaseCAM` that needs no forward pass of its own.
         activations: (B, C, h, w) features.
         gradients: (B, C, h, w) gradients of the explained scores with respect to them.
+        relu: set negative cells to zero, as all of the library's maps do in the end.
 
     Returns:
-        (B, h, w), not negative, on the features' device.
+        (B, h, w), on the features' device; not negative unless `relu` is off.
     """
     cam: Any = object.__new__(method)
     cam.activations_and_grads = _NoHooks()
     arrays = [tensor.detach().float().cpu().numpy() for tensor in (activations, gradients)]
     image = cam.get_cam_image(None, None, None, *arrays, False)
-    return torch.as_tensor(image, device=activations.device).clamp_min(0)
+    maps = torch.as_tensor(image, device=activations.device)
+    return maps.clamp_min(0) if relu else maps
 
 
 def channel_count(model: Model, layer: str | None = None) -> int:
