@@ -36,7 +36,7 @@ class Rule:
         rule, read by the sign of contributions, so that it holds for signed inputs too
         (Chefer et al. 2021, eq. 4).
     "gamma": contributions of the sign of z_j are raised by the factor 1 + gamma; the bias takes part
-        (Montavon et al. 2019, sec. 10.2, extended to negative z_j).
+        (Montavon et al. 2019, extended to negative z_j).
     "flat": every input of a neuron gets the same share.
     "box": for inputs known to lie in [l, h]: shares x_i w_ij - l_i w_ij^+ - h_i w_ij^-
         (Montavon et al. 2017, z^B rule).

@@ -21,6 +21,7 @@ from torch.nn.grad import conv2d_input
 from torch.overrides import TorchFunctionMode, resolve_name
 
 from faithmap._relevance_rules import (
+    INPUT_KINDS,
     Layer,
     Rule,
     Sources,
@@ -43,7 +44,7 @@ class Rules:
         attention: linear layers within an attention module; None: as other linear layers.
         norm: layer norm: "fixed" (its deviation is a constant, its mean is linear) or "identity"
             (relevance passes entry by entry).
-        softmax: "taylor" (x_i (R_i - s_i sum_j R_j), Achtibat et al. 2024, eq. 13), "identity"
+        softmax: "taylor" (x_i (R_i - s_i sum_j R_j), Achtibat et al. 2024, prop. 3.1), "identity"
             (Chefer et al. 2021), or None: networks with attention are refused.
         epsilon: stabiliser of products of two activations.
         rescale: sums of two activations are rescaled (Chefer et al. 2021, eq. 9 and 10).
@@ -57,6 +58,14 @@ class Rules:
     softmax: str | None = None
     epsilon: float = 0.0
     rescale: bool = False
+
+    def __post_init__(self) -> None:
+        for name, rule in (("linear", self.linear), ("conv", self.conv), ("attention", self.attention)):
+            if rule is not None and rule.kind in INPUT_KINDS:
+                raise RequestError(
+                    f"relevance rule '{rule.kind}' is for the layer that reads the image; got it for {name}, "
+                    "expected epsilon, alpha-beta or gamma"
+                )
 
 
 class Unsupported(RequestError):  # noqa: N818 - it is a reason, shown as one
@@ -109,6 +118,8 @@ class Tracer(TorchFunctionMode):
         self._dtype = sources.image.dtype
         self._device = sources.image.device.type
         self._attention_weights = {weight.data_ptr() for weight in attention_weights}
+        #: Whether the operation at hand reads one of them.
+        self._in_attention = False
         self._images = [sources]
         self._convolutions: list[_Convolution] = []
 
@@ -120,6 +131,7 @@ class Tracer(TorchFunctionMode):
         kwargs = {key: _map(_detached, value) for key, value in (kwargs or {}).items()}
         if not _depends((args, kwargs)):
             return func(*args, **kwargs)
+        self._in_attention = False
         args = tuple(_map(self._cast, list(args)))
         kwargs = {key: _map(self._cast, value) for key, value in kwargs.items()}
         name = _name(func)
@@ -150,6 +162,8 @@ class Tracer(TorchFunctionMode):
         """Constants in the precision of the pass; what depends on the image is in it already."""
         if tensor.requires_grad or not tensor.is_floating_point():
             return tensor
+        # Noticed here: a cast weight is another tensor.
+        self._in_attention |= tensor.data_ptr() in self._attention_weights
         return tensor.to(self._dtype)
 
     def _sources(self, tensor: Tensor) -> Sources | None:
@@ -169,7 +183,7 @@ class Tracer(TorchFunctionMode):
         """A fully connected layer."""
         assert self.rules is not None
         rule = self.rules.linear
-        if self.rules.attention is not None and weight.data_ptr() in self._attention_weights:
+        if self.rules.attention is not None and self._in_attention:
             rule = self.rules.attention
         layer = Layer(F.linear, lambda gradient, weight, _shape: gradient @ weight)
         return self._weighted(rule, layer, inputs, weight, bias, bias)

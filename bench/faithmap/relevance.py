@@ -4,9 +4,9 @@ Works through any network that consists of known operations; see `_relevance_tra
 `_relevance_rules` for the rules. A network with an operation that has no rule is refused with its name
 (`why_not` says so beforehand).
 
-The passes always run in full precision, also where the model runs in bf16: rules divide. For transformers
-they run in double precision where the device has it, for the rules of Chefer et al. divide by activations
-of any size, and single precision would not even give a batch and its images the same map.
+The passes run in single precision also where the model runs in bf16, because rules divide. Rules that let
+relevance pass norms entry by entry divide by activations of any size: they run in double precision where
+the device has it, or else rounding would show, and a batch and its images would get different maps.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from faithmap.models import Model
 from faithmap.perturb import chunk_size
 
 __all__ = [
-    "SEEDS", "Rule", "Rules", "Unsupported", "attention_gradients", "attention_relevance",
-    "chefer_rules", "image_relevance", "layer_relevance", "token_map", "why_no_attention", "why_not",
+    "SEEDS", "Rule", "Rules", "Unsupported", "attention_gradients", "attention_relevance", "chefer_rules",
+    "chunks", "image_relevance", "layer_relevance", "token_map", "why_no_attention", "why_not",
 ]  # fmt: skip
 
 #: Where propagation starts: with the target's logit, or with one.
@@ -71,7 +71,7 @@ def image_relevance(
         Unsupported: the network holds an operation without a rule.
     """
     parts = []
-    for some, classes in _chunks(model, images, targets):
+    for some, classes in chunks(model, images, targets):
         traced = _trace(model, some, rules)
         ratios = traced.ratios(classes, traced.leaves.tensors(), seed)
         products = [leaf.detach() * s for leaf, s in zip(traced.leaves.tensors(), ratios, strict=True)]
@@ -88,7 +88,7 @@ def layer_relevance(
     a convolution whose batch norm was folded into it has no part in the propagation: it gets zeros.
     """
     parts: list[dict[str, Tensor]] = []
-    for some, classes in _chunks(model, images, targets):
+    for some, classes in chunks(model, images, targets):
         held: dict[str, Tensor] = {}
         handles = [model.layer(name).register_forward_hook(_keep(held, name)) for name in layers]
         try:
@@ -110,27 +110,31 @@ def attention_relevance(
     seed: str = "one",
     blocks: slice = slice(None),
 ) -> list[Tensor]:
-    """Relevance (B, heads, N, N) of the attention weights of some blocks; one forward and one backward."""
+    """Relevance (B, heads, N, N) of the attention weights of some blocks; one forward and one backward.
 
-    def of(some: Tensor, classes: Tensor) -> list[Tensor]:
-        traced = _trace(model, some, rules)
-        chosen = traced.attention[blocks]
-        ratios = traced.ratios(classes, chosen, seed)
-        return [weights.detach() * s for weights, s in zip(chosen, ratios, strict=True)]
-
-    return _by_block(model, images, targets, of)
+    All images run at once: give as many as `chunks` does.
+    """
+    traced = _trace(model, images, rules)
+    chosen = traced.attention[blocks]
+    ratios = traced.ratios(targets, chosen, seed)
+    return [weights.detach() * s for weights, s in zip(chosen, ratios, strict=True)]
 
 
 def attention_gradients(
     model: Model, images: Tensor, targets: Tensor, *, blocks: slice = slice(None)
 ) -> list[Tensor]:
-    """Gradients (B, heads, N, N) of the targets' logits by the attention weights; one pass each way."""
+    """Gradients (B, heads, N, N) of the targets' logits by the attention weights; one pass each way.
 
-    def of(some: Tensor, classes: Tensor) -> list[Tensor]:
-        traced = _trace(model, some, None)
-        return traced.ratios(classes, traced.attention[blocks], "logit")
+    All images run at once: give as many as `chunks` does.
+    """
+    traced = _trace(model, images, None)
+    return traced.ratios(targets, traced.attention[blocks], "logit")
 
-    return _by_block(model, images, targets, of)
+
+def chunks(model: Model, images: Tensor, targets: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """As many images, with their targets, as a pass fits that keeps every activation and its shares."""
+    count = max(1, chunk_size(model, (int(images.shape[2]), int(images.shape[3]))) // 8)
+    yield from zip(images.split(count), targets.split(count), strict=True)
 
 
 def token_map(model: Model, matrices: Tensor, size: tuple[int, int]) -> Tensor:
@@ -215,7 +219,7 @@ def _trace(model: Model, images: Tensor, rules: Rules | None) -> _Traced:
 
 def _leaves(model: Model, images: Tensor, rules: Rules | None) -> Sources:
     """The normalised images and the bounds of what they could be, as leaves of a graph."""
-    wide = rules is not None and rules.softmax is not None and images.device.type != "mps"
+    wide = rules is not None and rules.norm == "identity" and images.device.type != "mps"
     precise = torch.float64 if wide else torch.promote_types(images.dtype, torch.float32)
     with torch.no_grad():
         image = model.normalise(images).to(precise)
@@ -234,20 +238,6 @@ def _attention_weights(network: nn.Module) -> list[Tensor]:
         for layer in module.modules()
         if isinstance(layer, nn.Linear)
     ]
-
-
-def _chunks(model: Model, images: Tensor, targets: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """As many images at a time as a pass fits that keeps every activation and its shares."""
-    size = (int(images.shape[2]), int(images.shape[3]))
-    count = max(1, chunk_size(model, size) // 8)
-    yield from zip(images.split(count), targets.split(count), strict=True)
-
-
-def _by_block(
-    model: Model, images: Tensor, targets: Tensor, of: Callable[[Tensor, Tensor], list[Tensor]]
-) -> list[Tensor]:
-    parts = [of(some, classes) for some, classes in _chunks(model, images, targets)]
-    return [torch.cat(block) for block in zip(*parts, strict=True)]
 
 
 def _keep(held: dict[str, Tensor], name: str) -> Callable[..., None]:
