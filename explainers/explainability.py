@@ -19,7 +19,7 @@ def _defined_for(model: Model) -> str:
 
 @explainer(
     version=1,
-    source="Chefer, Gur and Wolf 2021 (arXiv:2012.09838), eq. 4, 9, 10, 13-15",
+    source="Chefer, Gur and Wolf 2021 (arXiv:2012.09838), sec. 3.1-3.4",
     families={"vit"},
     defined_for=_defined_for,
     forwards=2,
@@ -44,7 +44,7 @@ def explainability(model: Model, batch: Batch, *, start_layer: int = 0, alpha: f
     Args:
         model: the model.
         batch: images with targets.
-        start_layer: the first block of the product, counted from 0; all by default, as in eq. 15.
+        start_layer: the first block of the product, counted from 0; all by default, as in the paper.
         alpha: weight of positive contributions in weighted layers; 1 as published.
 
     Raises:

@@ -24,7 +24,8 @@ from faithmap.registry import Plugin
 PLUGINS = [plugin for plugin in registry.plugins("explainer") if not inspect.isclass(plugin.target)]
 EXACT = (
     "gradcam", "gradcam++", "xgradcam", "layercam", "saliency", "integrated-gradients", "occlusion",
-    "centre", "edges", "oracle", "fake-cam", "random", "random-grid",
+    "centre", "edges", "oracle", "fake-cam", "random", "random-grid", "lrp", "partial-lrp", "explainability",
+    "attnlrp",
 )  # fmt: skip
 
 pytestmark = pytest.mark.parametrize("plugin", PLUGINS, ids=lambda plugin: plugin.name)

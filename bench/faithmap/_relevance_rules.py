@@ -34,7 +34,7 @@ class Rule:
     "alpha-beta": positive contributions get alpha R_j and negative ones -beta R_j, beta = alpha - 1,
         each in proportion (Bach et al. 2015, eq. 60); the bias gets nothing. alpha = 1 is the z-plus
         rule, read by the sign of contributions, so that it holds for signed inputs too
-        (Chefer et al. 2021, eq. 4).
+        (Chefer et al. 2021, sec. 3.1).
     "gamma": contributions of the sign of z_j are raised by the factor 1 + gamma; the bias takes part
         (Montavon et al. 2019, extended to negative z_j).
     "flat": every input of a neuron gets the same share.
@@ -300,7 +300,7 @@ def identity(inputs: Tensor, output: Tensor) -> Tensor:
 
 
 def rescaled_sum(first: Tensor, second: Tensor) -> Tensor:
-    """A sum of two activations under the normalisation of Chefer et al. 2021, eq. 9 and 10.
+    """A sum of two activations under the normalisation of Chefer et al. 2021, sec. 3.2.
 
     The summands' relevances R_u, R_v by share are multiplied with
     |sum R_u| / (|sum R_u| + |sum R_v|) * sum R / sum R_u, and likewise for v.

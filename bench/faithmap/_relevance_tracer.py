@@ -47,7 +47,7 @@ class Rules:
         softmax: "taylor" (x_i (R_i - s_i sum_j R_j), Achtibat et al. 2024, prop. 3.1), "identity"
             (Chefer et al. 2021), or None: networks with attention are refused.
         epsilon: stabiliser of products of two activations.
-        rescale: sums of two activations are rescaled (Chefer et al. 2021, eq. 9 and 10).
+        rescale: sums of two activations are rescaled (Chefer et al. 2021, sec. 3.2).
     """
 
     linear: Rule

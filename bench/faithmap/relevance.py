@@ -38,15 +38,16 @@ def chefer_rules(
 ) -> Rules:
     """The rules of Chefer et al. 2021 (arXiv:2012.09838) for transformers, alpha = 1 where none is given.
 
-    Weighted layers hand relevance to positive contributions (eq. 4), the layer that reads the image by
+    Weighted layers hand relevance to positive contributions (sec. 3.1), the layer that reads the image by
     its box. Norms, activations and the softmax pass relevance entry by entry. Each of two matrices that
-    are multiplied gets half of it, which is eq. 9 and 10 for operands that both come out with all of it.
+    are multiplied gets half of it, to which the normalisation of sec. 3.2 comes down for operands that
+    would both get all of it.
 
     Args:
         linear: another rule for fully connected layers.
         conv: another rule for convolutions.
         first: another rule for the layer that reads the image.
-        rescale: whether eq. 9 and 10 are applied to residual sums as well.
+        rescale: whether that normalisation is applied to sums of two activations as well.
     """
     plus = Rule("alpha-beta", alpha=1.0)
     return Rules(
