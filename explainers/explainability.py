@@ -62,7 +62,7 @@ def explainability(model: Model, batch: Batch, *, start_layer: int = 0, alpha: f
         token_map,
     )
 
-    depth = len(model.module.blocks)
+    depth = len(list(model.layer("blocks").children()))
     if not 0 <= start_layer < depth:
         raise RequestError(f"explainability, start_layer: got {start_layer}, expected 0 to {depth - 1}")
     rules = chefer_rules(linear=Rule("alpha-beta", alpha=alpha), rescale=True)

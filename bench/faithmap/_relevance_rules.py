@@ -100,10 +100,21 @@ class _Term:
 
     share: Tensor
     weight: Tensor
+    #: Which entries of the weight take part: 0: all; 1 or -1: the positive or the negative ones.
+    part: int = 0
     #: Which of the inputs it belongs to.
     source: int = 0
-    #: 0: all entries; 1 or -1: those that are positive, or not.
+    #: The entries of the input that it is for: 0: all; 1 or -1: those that are positive, or not.
     sign: int = 0
+
+    def weights(self) -> Tensor:
+        """Taken when needed, so that no second copy of a network's weights is kept meanwhile."""
+        return _part(self.weight, self.part)
+
+
+def _part(weight: Tensor, sign: int) -> Tensor:
+    """A weight's positive (1) or negative (-1) part, or all of it (0)."""
+    return weight if sign == 0 else weight.clamp_min(0) if sign > 0 else weight.clamp_max(0)
 
 
 @dataclass
@@ -133,7 +144,7 @@ class _Propagate(Function):
         plan: _Plan = ctx.plan
         sums: list[Tensor | None] = [None] * len(plan.shapes)
         for term in plan.terms:
-            part = plan.layer.transposed(ratios[0] * term.share, term.weight, plan.shapes[term.source])
+            part = plan.layer.transposed(ratios[0] * term.share, term.weights(), plan.shapes[term.source])
             if term.sign:
                 assert plan.positive is not None
                 part = part * (plan.positive if term.sign > 0 else ~plan.positive)
@@ -221,39 +232,37 @@ def _epsilon(
     return [_Term(stabilised(output, rule.epsilon), weight)]
 
 
-def _signed_sums(layer: Layer, inputs: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, bool]:
-    """Sums of the positive and of the negative contributions, and whether any input is negative."""
-    plus, minus = weight.clamp_min(0), weight.clamp_max(0)
-    positive = inputs.clamp_min(0)
-    up, down = layer.forward(positive, plus), layer.forward(positive, minus)
-    signed = bool((inputs < 0).any())
-    if signed:
-        negative = inputs.clamp_max(0)
-        up, down = up + layer.forward(negative, minus), down + layer.forward(negative, plus)
-    return up, down, signed
+def _sum_of_sign(layer: Layer, inputs: Tensor, weight: Tensor, sign: int, signed: bool) -> Tensor:
+    """The sum of all contributions of one sign (1 or -1)."""
+    total = layer.forward(inputs.clamp_min(0), _part(weight, sign))
+    return total + layer.forward(inputs.clamp_max(0), _part(weight, -sign)) if signed else total
 
 
 def _by_sign(share: Tensor, weight: Tensor, sign: int, signed: bool) -> list[_Term]:
     """The terms of the contributions of one sign (1 or -1)."""
-    plus, minus = weight.clamp_min(0), weight.clamp_max(0)
-    same, other = (plus, minus) if sign > 0 else (minus, plus)
-    return [_Term(share, same, sign=1)] + ([_Term(share, other, sign=-1)] if signed else [])
+    terms = [_Term(share, weight, part=sign, sign=1)]
+    return [*terms, _Term(share, weight, part=-sign, sign=-1)] if signed else terms
 
 
 def _alpha_beta(
     rule: Rule, layer: Layer, output: Tensor, sources: Any, weight: Tensor, bias: Tensor | None
 ) -> list[_Term]:
-    up, down, signed = _signed_sums(layer, sources[0], weight)
-    terms = _by_sign(rule.alpha * ratio(output, up), weight, 1, signed)
-    if rule.alpha > 1:
-        terms += _by_sign((1 - rule.alpha) * ratio(output, down), weight, -1, signed)
+    inputs = sources[0]
+    signed = bool((inputs < 0).any())
+    terms = []
+    for sign, factor in ((1, rule.alpha), (-1, 1 - rule.alpha)):
+        if factor:
+            total = _sum_of_sign(layer, inputs, weight, sign, signed)
+            terms += _by_sign(factor * ratio(output, total), weight, sign, signed)
     return terms
 
 
 def _gamma(
     rule: Rule, layer: Layer, output: Tensor, sources: Any, weight: Tensor, bias: Tensor | None
 ) -> list[_Term]:
-    up, down, signed = _signed_sums(layer, sources[0], weight)
+    inputs = sources[0]
+    signed = bool((inputs < 0).any())
+    up, down = (_sum_of_sign(layer, inputs, weight, sign, signed) for sign in (1, -1))
     if bias is not None:
         up, down = up + bias.clamp_min(0), down + bias.clamp_max(0)
     whole = output + rule.gamma * torch.where(output > 0, up, down)
@@ -277,10 +286,13 @@ def _box(
     rule: Rule, layer: Layer, output: Tensor, sources: Any, weight: Tensor, bias: Tensor | None
 ) -> list[_Term]:
     image, low, high, _ = sources
-    plus, minus = weight.clamp_min(0), weight.clamp_max(0)
-    whole = layer.forward(image, weight) - layer.forward(low, plus) - layer.forward(high, minus)
-    share = ratio(output, whole)
-    return [_Term(share, weight), _Term(-share, plus, source=1), _Term(-share, minus, source=2)]
+    bounds = layer.forward(low, _part(weight, 1)) + layer.forward(high, _part(weight, -1))
+    share = ratio(output, layer.forward(image, weight) - bounds)
+    return [
+        _Term(share, weight),
+        _Term(-share, weight, part=1, source=1),
+        _Term(-share, weight, part=-1, source=2),
+    ]
 
 
 _TERMS: dict[str, Callable[..., list[_Term]]] = {
