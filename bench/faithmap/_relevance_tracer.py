@@ -95,7 +95,7 @@ _LOSING = _names("detach detach_ data __setitem__ copy_ index_put_ set_ fill_ ma
 #: Their results are brought back to the precision of the pass.
 _CASTING = _names("to type type_as float double half bfloat16")
 #: Operations on the image itself that its companions go through alike.
-_CARRIED = _names("pad contiguous clone to float double")
+_CARRIED = _names("pad contiguous clone to float double reshape view flatten unflatten permute transpose")
 
 
 class Tracer(TorchFunctionMode):
@@ -120,7 +120,8 @@ class Tracer(TorchFunctionMode):
         self._attention_weights = {weight.data_ptr() for weight in attention_weights}
         #: Whether the operation at hand reads one of them.
         self._in_attention = False
-        self._images = [sources]
+        #: What is still the image, if padded or reshaped, with the version that tells work in place.
+        self._images = [(sources, sources.image._version)]
         self._convolutions: list[_Convolution] = []
 
     def __torch_function__(
@@ -167,8 +168,8 @@ class Tracer(TorchFunctionMode):
         return tensor.to(self._dtype)
 
     def _sources(self, tensor: Tensor) -> Sources | None:
-        for sources in self._images:
-            if sources.image is tensor:
+        for sources, version in self._images:
+            if sources.image is tensor and tensor._version == version:
                 return sources
         return None
 
@@ -177,7 +178,7 @@ class Tracer(TorchFunctionMode):
         if sources is None or result is sources.image:
             return
         others = [func(tensor, *args[1:], **kwargs) for tensor in sources.tensors()[1:]]
-        self._images.append(Sources(result, *others))
+        self._images.append((Sources(result, *others), result._version))
 
     def linear(self, func: Any, inputs: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         """A fully connected layer."""

@@ -256,7 +256,7 @@ def _pooled_rows(network: nn.Module) -> list[int] | slice:
     """The tokens that the head of a timm transformer reads."""
     prefix = int(network.num_prefix_tokens)  # type: ignore[arg-type]
     if network.global_pool == "avg":
-        return slice(prefix, None)
+        return slice(0 if getattr(network, "pool_include_prefix", False) else prefix, None)
     return [0, 1] if hasattr(network, "head_dist") else [0]
 
 
