@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import make_batch, make_cnn, make_vit
-from test_relevance import HIGH, LOW, images_of, one_block, weights_of
+from relevance_nets import HIGH, LOW, images_of, one_block, weights_of
 from torch import Tensor, nn
 
 import slow_relevance

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import make_cnn
-from test_relevance import EXACT, images_of, one_block, residual, wrap
+from relevance_nets import images_of, one_block, residual, wrap
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -16,6 +16,8 @@ from faithmap import relevance
 from faithmap.errors import RequestError
 from faithmap.models import Model
 from faithmap.relevance import Rule, Rules, chefer_rules, image_relevance, layer_relevance, why_not
+
+EXACT = Rule("epsilon", epsilon=0.0)
 
 
 def network_of(operation: Callable[[Tensor], Tensor]) -> Model:
