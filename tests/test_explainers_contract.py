@@ -26,6 +26,7 @@ EXACT = (
     "gradcam", "gradcam++", "xgradcam", "layercam", "hirescam", "eigencam", "fullgrad", "guided-gradcam",
     "augmented-gradcam++", "saliency", "integrated-gradients", "occlusion", "iba",
     "raw-attention", "rollout", "generic-attention", "attention-guided-cam",
+    "lrp", "partial-lrp", "explainability", "attnlrp",
     "centre", "edges", "oracle", "fake-cam", "random", "random-grid",
 )  # fmt: skip
 
