@@ -24,9 +24,12 @@ def _passes(model: Model, params: Mapping[str, Any]) -> float:
 
 
 @explainer(
-    version=1, source="Lundberg and Lee 2017 (arXiv:1705.07874); Erion et al. 2019 (arXiv:1906.10670), eq. 3",
-    forwards=_passes, backwards=_passes, check_params={"n_samples": 6},
-)  # fmt: skip
+    version=1,
+    source="Erion et al. 2019 (arXiv:1906.10670), expected gradients; Lundberg and Lee 2017",
+    forwards=_passes,
+    backwards=_passes,
+    check_params={"n_samples": 6},
+)
 def gradient_shap(
     model: Model, batch: Batch, *, n_samples: int = 200, baseline: str = "black+noise", noise: float = 0.0
 ) -> Maps:

@@ -13,7 +13,12 @@ if TYPE_CHECKING:
     from faithmap.models import Model
 
 
-@explainer(version=1, source="Shrikumar et al. 2016 (arXiv:1605.01713), sec. 2.3", forwards=1, backwards=1)
+@explainer(
+    version=1,
+    source="Shrikumar et al. 2016 (arXiv:1605.01713), gradient times input",
+    forwards=1,
+    backwards=1,
+)
 def input_x_gradient(model: Model, batch: Batch, *, space: str = "pixel") -> Maps:
     """Gradient of the target's logit times the image, summed over the channels.
 

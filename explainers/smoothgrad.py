@@ -24,7 +24,7 @@ def _passes(model: Model, params: Mapping[str, Any]) -> float:
 
 
 @explainer(
-    version=1, source="Smilkov et al. 2017 (arXiv:1706.03825), sec. 2.2 and 3.1",
+    version=1, source="Smilkov et al. 2017 (arXiv:1706.03825), sec. 2.2 and 3.2",
     forwards=_passes, backwards=_passes, check_params={"n_samples": 6},
 )  # fmt: skip
 def smoothgrad(
