@@ -53,12 +53,12 @@ def deeplift(model: Model, batch: Batch, *, baseline: str = "black") -> Maps:
     Only on networks for which that sum is exact, which is tried before anything is computed: linear
     layers, batch norm, pooling, sums, and activations and max pooling that are modules.
     Transformers, layer norms, gates that multiply and activations called as functions have no
-    multipliers here. Max pooling follows captum: a rise counts for the image's maximum, a fall for
-    the reference's.
+    multipliers here. The paper has no rule for max pooling; captum's is followed: a rise counts for
+    the pixel of the image's maximum, a fall for that of the reference's.
 
     captum's DeepLift is not used. It fails where a module is used twice (torchvision's ResNets),
-    takes ReLU6 for linear (MobileNetV2), and loses contributions where windows of max pooling
-    overlap; where none of this holds, the tests compare with it.
+    takes ReLU6 for linear (MobileNetV2), and its contributions do not add up where max pooling
+    follows an activation; where none of this holds, the tests compare with it.
 
     Args:
         model: the model.
@@ -149,15 +149,17 @@ def _through_max_pool(module: Any, inputs: Tensor) -> Tensor:
         inputs.detach(), module.kernel_size, module.stride, module.padding, module.dilation, module.ceil_mode,
         return_indices=True,
     )  # fmt: skip
-    moving = inputs.chunk(2)[0].flatten(2)
-    image, reference = (half.flatten(2) for half in inputs.detach().chunk(2))
-    change = image - reference
-    rise, fall = _difference(outputs).flatten(2).clamp_min(0), _difference(outputs).flatten(2).clamp_max(0)
+    moving, (image, reference) = inputs.chunk(2)[0].flatten(2), inputs.detach().flatten(2).chunk(2)
+    at_image, at_reference = places.flatten(2).chunk(2)
+    # Of several maxima of the reference (a black one is full of them), that of the image is meant.
+    tied = reference.gather(2, at_reference) - reference.gather(2, at_image) <= NEAR_ZERO
+    at_reference = torch.where(tied, at_image, at_reference)
+    moved = _difference(outputs).flatten(2)
     result = outputs.chunk(2)[0].flatten(2)
-    for moved, place in zip((rise, fall), places.flatten(2).chunk(2), strict=True):
-        at = change.gather(2, place)
-        far = at.abs() > NEAR_ZERO
-        multipliers = torch.where(far, moved / torch.where(far, at, 1), 0)
+    for part, place in ((moved.clamp_min(0), at_image), (moved.clamp_max(0), at_reference)):
+        change = (image - reference).gather(2, place)
+        far = change.abs() > NEAR_ZERO
+        multipliers = torch.where(far, part / torch.where(far, change, 1), 0)
         result = result + multipliers * (moving - image).gather(2, place)
     first, second = outputs.chunk(2)
     return torch.cat([result.view_as(first), second])

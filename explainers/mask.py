@@ -188,8 +188,10 @@ class Deletion:
                 [self.probabilities(disc.expand(len(self.targets), *self.size)) for disc in discs]
             )
         # Radius 0 leaves the whole image, the largest disc nothing of it.
-        enough = scores - scores[-1] < 0.01 * (scores[0] - scores[-1])
-        enough[-1] = True  # where blurring the image does not lower the score, nothing is enough
+        change = scores[0] - scores[-1]
+        left = (scores - scores[-1]) / torch.where(change == 0, 1, change)
+        enough = (left < 0.01) & (change != 0)
+        enough[-1] = True  # where blurring the image changes nothing, nothing less is enough
         chosen = discs[enough.int().argmax(0)]
         shorter = min(self.size)
         shape = [max(1, round(grid * side / shorter)) for side in self.size]

@@ -24,6 +24,7 @@ from faithmap.registry import Plugin
 PLUGINS = [plugin for plugin in registry.plugins("explainer") if not inspect.isclass(plugin.target)]
 EXACT = (
     "gradcam", "gradcam++", "xgradcam", "layercam", "saliency", "integrated-gradients", "occlusion",
+    "input-x-gradient", "smoothgrad", "gradient-shap", "deeplift", "lime", "rise",
     "centre", "edges", "oracle", "fake-cam", "random", "random-grid",
 )  # fmt: skip
 
