@@ -107,6 +107,7 @@ def _with_multipliers(model: Model) -> Model:
     shared = [*model.parameters(), *model.buffers()]
     paired = copy.deepcopy(model, {id(tensor): tensor for tensor in shared} | {id(model.meter): model.meter})
     entrywise = tuple(getattr(nn, name) for name in ENTRYWISE)
+    module: Any
     for module in paired.modules():
         rule = _through_max_pool if type(module) is nn.MaxPool2d else _through_activation
         if rule is _through_max_pool or type(module) in entrywise:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 def _forwards(model: Model, params: Mapping[str, Any]) -> float:
     """At most: the coalitions, all superpixels and none of them."""
-    return 2.0 + params.get("n_samples", 2048)
+    return 2.0 + float(params.get("n_samples", 2048))
 
 
 @explainer(

@@ -158,13 +158,22 @@ class Deletion:
         large = F.interpolate(low.unsqueeze(1), size=self.size, mode="nearest-exact")
         return gaussian_blur(large, SMOOTHING * min(self.size)).squeeze(1)
 
-    def probabilities(self, masks: Tensor, shifts: Tensor | None = None) -> Tensor:
-        """The targets' probabilities (B,) on images shifted by (B, 2) pixels under masks (B, H, W)."""
+    def probabilities(
+        self, masks: Tensor, shifts: Tensor | None = None, which: Tensor | slice = slice(None)
+    ) -> Tensor:
+        """The targets' probabilities (n,) under masks (n, H, W).
+
+        Args:
+            masks: one for each image looked at.
+            shifts: (n, 2), how many pixels the images are shifted up and to the left.
+            which: positions (n,) of those images; by default all.
+        """
         from faithmap.cam import read_scores
 
         masks = masks.unsqueeze(1)
-        kept, deleted = self._cut(self._kept, shifts), self._cut(self._deleted, shifts)
-        return read_scores(self.model(masks * kept + (1 - masks) * deleted), self.targets, "probability")
+        kept, deleted = (self._cut(padded[which], shifts) for padded in (self._kept, self._deleted))
+        logits = self.model(masks * kept + (1 - masks) * deleted)
+        return read_scores(logits, self.targets[which], "probability")
 
     def _cut(self, padded: Tensor, shifts: Tensor | None) -> Tensor:
         import torch
@@ -182,11 +191,15 @@ class Deletion:
         import torch
         from torch.nn import functional as F
 
-        discs = _discs(self.size).to(self._kept.device)
+        from faithmap.perturb import chunk_size
+
+        discs, count = _discs(self.size).to(self._kept.device), len(self.targets)
+        pairs = torch.arange(len(discs) * count, device=discs.device).split(chunk_size(self.model, self.size))
         with torch.no_grad():
-            scores = torch.stack(
-                [self.probabilities(disc.expand(len(self.targets), *self.size)) for disc in discs]
+            scores = torch.cat(
+                [self.probabilities(discs[part // count], which=part % count) for part in pairs]
             )
+        scores = scores.view(len(discs), count)
         # Radius 0 leaves the whole image, the largest disc nothing of it.
         change = scores[0] - scores[-1]
         left = (scores - scores[-1]) / torch.where(change == 0, 1, change)

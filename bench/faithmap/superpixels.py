@@ -82,7 +82,8 @@ def _cells(height: int, width: int, count: int) -> Tensor:
         rows, columns = (2, 1) if height >= width else (1, 2)
     row = torch.arange(height).mul(rows).div(height, rounding_mode="floor").view(-1, 1)
     column = torch.arange(width).mul(columns).div(width, rounding_mode="floor").view(1, -1)
-    return row * columns + column
+    cells: Tensor = row * columns + column
+    return cells
 
 
 def hiding_colours(images: Tensor, regions: Superpixels, fill: str) -> Tensor:
@@ -212,4 +213,5 @@ def _solve(matrix: Tensor, right: Tensor) -> Tensor:
     values, vectors = torch.linalg.eigh(matrix)
     usable = values.abs() > 1e-10 * values.abs().amax()
     inverse = torch.where(usable, 1 / torch.where(usable, values, 1.0), 0.0)
-    return vectors @ (inverse * (vectors.T @ right))
+    solution: Tensor = vectors @ (inverse * (vectors.T @ right))
+    return solution
