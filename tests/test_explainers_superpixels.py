@@ -291,6 +291,8 @@ class TestKernelShap:
     def test_a_small_budget_is_kept_and_loses_no_weight(self, count: int, budget: int) -> None:
         coalitions, weights = coalition_plan(count, budget)
         assert budget - 1 <= len(coalitions) <= budget and len(weights) == len(coalitions)
+        rows, complements = (sorted(part.int().tolist()) for part in (coalitions, ~coalitions))
+        assert rows == complements
         sizes = coalitions.sum(1)
         assert 1 <= int(sizes.min()) and int(sizes.max()) < count
         total = sum((count - 1) / (size * (count - size)) for size in range(1, count))
