@@ -32,8 +32,8 @@ def kernel_shap(
     *,
     n_samples: int = 2048,
     segments: int = 50,
-    compactness: float = 10.0,
-    sigma: float = 0.0,
+    compactness: float = 20.0,
+    sigma: float = 1.0,
     fill: str = "mean",
     score: str = "logit",
 ) -> Maps:

@@ -29,8 +29,8 @@ def lime(
     *,
     n_samples: int = 1000,
     segments: int = 50,
-    compactness: float = 10.0,
-    sigma: float = 0.0,
+    compactness: float = 20.0,
+    sigma: float = 1.0,
     kernel_width: float = 0.25,
     penalty: float = 1.0,
     fill: str = "segment",
@@ -45,9 +45,8 @@ def lime(
 
     Published: the defaults of the authors' image explainer, which the paper leaves open: 1000
     samples, the width 0.25, cosine distance, the penalty 1, all superpixels kept, probabilities,
-    hidden superpixels in their own mean colour. Deviation: superpixels come from SLIC, with
-    scikit-image's defaults but for their number, where the authors' default is quickshift; the
-    paper names neither.
+    hidden superpixels in their own mean colour. Deviation: superpixels come from SLIC, where the
+    authors' default is quickshift; the paper names neither.
 
     Args:
         model: the model.
