@@ -25,8 +25,10 @@ PLUGINS = [plugin for plugin in registry.plugins("explainer") if not inspect.isc
 EXACT = (
     "gradcam", "gradcam++", "xgradcam", "layercam", "hirescam", "eigencam", "fullgrad", "guided-gradcam",
     "augmented-gradcam++", "saliency", "integrated-gradients", "occlusion", "iba",
+    "input-x-gradient", "smoothgrad", "gradient-shap", "deeplift", "lime", "rise",
     "raw-attention", "rollout", "generic-attention", "attention-guided-cam",
     "lrp", "partial-lrp", "explainability", "attnlrp",
+    "centre", "edges", "oracle", "fake-cam", "random", "random-grid",
     "centre", "edges", "oracle", "fake-cam", "random", "random-grid",
 )  # fmt: skip
 

@@ -85,7 +85,7 @@ def blank_scores(
     model: Model, targets: Tensor, size: tuple[int, int], *, score: str = "logit", space: str = "pixel"
 ) -> Tensor:
     """The targets' scores (B,) on the (H, W) image that a mask of zeros leaves: one forward for all."""
-    colour = _vanishing_colour(model, space)
+    colour = vanishing_colour(model, space)
     with torch.no_grad():
         logits = model(colour.expand(1, 3, *size).contiguous())
     return read_scores(logits.expand(len(targets), -1), targets, score)
@@ -121,7 +121,7 @@ def masked_scores(
         (B, C) float32.
     """
     scores = torch.zeros(activations.shape[:2], device=images.device)
-    colour = _vanishing_colour(model, space)
+    colour = vanishing_colour(model, space)
     size = (int(images.shape[2]), int(images.shape[3]))
     if bool(blank.any()):
         scores += blank_scores(model, targets, size, score=score, space=space).view(-1, 1) * blank
@@ -142,8 +142,8 @@ def read_scores(logits: Tensor, targets: Tensor, score: str) -> Tensor:
     return values.gather(1, targets.view(-1, 1)).squeeze(1)
 
 
-def _vanishing_colour(model: Model, space: str) -> Tensor:
-    """The colour (1, 3, 1, 1) in [0, 1] that masked pixels fade to."""
+def vanishing_colour(model: Model, space: str) -> Tensor:
+    """The colour (1, 3, 1, 1) in [0, 1] that masked pixels fade to in one of `SPACES`."""
     if space not in SPACES:
         raise RequestError(f"unknown space '{space}'; {nearest(space, SPACES)}")
     mean: Tensor = model.mean

@@ -107,11 +107,15 @@ def _mean(images: Tensor) -> Tensor:
 
 
 def _blur(images: Tensor) -> Tensor:
-    """Gaussian blur whose sigma is a tenth of the shorter side, by which every shape is gone.
+    """Gaussian blur whose sigma is a tenth of the shorter side, by which every shape is gone."""
+    return gaussian_blur(images, min(images.shape[2:]) / 10)
 
-    Cut off at three sigma, borders mirrored; one axis after the other.
+
+def gaussian_blur(images: Tensor, sigma: float) -> Tensor:
+    """Gaussian blur (B, C, H, W) with a sigma in pixels, one axis after the other.
+
+    Cut off at three sigma, borders mirrored.
     """
-    sigma = min(images.shape[2:]) / 10
     radius = max(1, min(int(3 * sigma + 0.5), min(images.shape[2:]) - 1))
     offsets = torch.arange(-radius, radius + 1, device=images.device, dtype=images.dtype)
     bell = torch.exp(-0.5 * (offsets / sigma) ** 2)
