@@ -8,6 +8,7 @@ forward pass in which a layer's features are exchanged for others.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 from faithmap.context import Context
 from faithmap.errors import RequestError, nearest
 from faithmap.models import Model
+from faithmap.records import canonical_json
 
 #: References that need no data: noise around zero with each channel's root mean square over the
 #: image, or around each channel's mean over the image with its standard deviation.
@@ -44,9 +46,10 @@ class Statistics:
         """Write a safetensors file that `load_statistics` reads; return its path."""
         from safetensors.torch import save_file
 
-        about = {"layer": self.layer, "model": self.model, "count": str(self.count)}
+        # One entry: safetensors writes several in an order that differs from call to call.
+        about = canonical_json({"layer": self.layer, "model": self.model, "count": self.count})
         tensors = {"mean": self.mean.contiguous(), "std": self.std.contiguous()}
-        save_file(tensors, path, metadata=about)
+        save_file(tensors, path, metadata={"statistics": about})
         Path(path).chmod(0o644)  # safetensors leaves files that only their owner may read
         return Path(path)
 
@@ -135,7 +138,7 @@ def load_statistics(path: str | Path, model: Model, layer: str | None = None) ->
         )
     try:
         with safe_open(file, framework="pt") as held:
-            about = held.metadata() or {}
+            about = json.loads((held.metadata() or {})["statistics"])
             mean, std = held.get_tensor("mean").float(), held.get_tensor("std").float()
             found = Statistics(mean, std, int(about["count"]), about["layer"], about["model"])
     except (SafetensorError, KeyError, ValueError) as error:
