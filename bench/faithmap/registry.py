@@ -161,6 +161,8 @@ def explainer(
     class_specific: bool = True,
     forwards: float | Callable[..., float] | None = None,
     backwards: float | Callable[..., float] | None = None,
+    exact_cost: bool = True,
+    iterative: bool = False,
     check_params: Mapping[str, Any] | None = None,
     per_image: bool = False,
     role: Role = "method",
@@ -179,6 +181,9 @@ def explainer(
         forwards: images passed through the model per explained image, beyond none; a number or a
             function of (model, params).
         backwards: likewise for backward passes.
+        exact_cost: False where the two counts are upper bounds rather than what each call takes.
+        iterative: True where the map is found by steps that let rounding grow (an optimisation, a
+            fit): the kit then compares maps by rank correlation instead of by value.
         check_params: small settings with which the conformance kit runs the plugin.
         per_image: the plugin draws from torch's or numpy's global random state; it is then called
             one image at a time under a seeded, forked state.
@@ -188,8 +193,8 @@ def explainer(
     facts = {
         "version": version, "source": source, "families": frozenset(families), "defined_for": defined_for,
         "class_specific": class_specific, "forwards": forwards, "backwards": backwards,
-        "check_params": dict(check_params or {}), "per_image": per_image, "role": role,
-        "needs": frozenset(needs),
+        "exact_cost": exact_cost, "iterative": iterative, "check_params": dict(check_params or {}),
+        "per_image": per_image, "role": role, "needs": frozenset(needs),
     }  # fmt: skip
     return _decorator("explainer", name, facts)
 
@@ -201,10 +206,12 @@ def metric(
     scores: Mapping[str, Direction],
     name: str | None = None,
     needs: Iterable[str] = (),
+    bounds: Mapping[str, tuple[float, float]] | None = None,
     fallback: Mapping[str, str] | None = None,
     map_free: Iterable[str] = (),
     calibrate: bool = False,
     sample: int | None = None,
+    check_params: Mapping[str, Any] | None = None,
 ) -> Callable[[Function], Function]:
     """Register a metric: `f(model, batch, maps, *, params) -> {score: values (B,)}`.
 
@@ -215,16 +222,18 @@ def metric(
         name: registry name; by default the function's name with hyphens.
         needs: what an image must come with: "mask", "box", "region" (either), "label", or
             "explainer" (the metric calls the explainer itself).
+        bounds: the least and the largest value that a score can take, which the kit holds it to.
         fallback: score -> the score of the same image that stands in for an empty or failed map;
             all others take the mean of the reference null's draws.
         map_free: scores that describe the image alone, stored whatever became of the map.
         calibrate: score each method's swapped and rolled maps too.
         sample: scored on this many images of a run instead of on all.
+        check_params: small settings with which the conformance kit runs the plugin.
     """
     facts = {
         "version": version, "source": source, "scores": dict(scores), "needs": frozenset(needs),
-        "fallback": dict(fallback or {}), "map_free": frozenset(map_free), "calibrate": calibrate,
-        "sample": sample,
+        "bounds": dict(bounds or {}), "fallback": dict(fallback or {}), "map_free": frozenset(map_free),
+        "calibrate": calibrate, "sample": sample, "check_params": dict(check_params or {}),
     }  # fmt: skip
     return _decorator("metric", name, facts)
 
@@ -238,6 +247,7 @@ def dataset(
     citation: str = "",
     gives: Iterable[str] = ("label",),
     name: str | None = None,
+    check_params: Mapping[str, Any] | None = None,
 ) -> Callable[[Function], Function]:
     """Register a dataset: `f(*, params) -> iterable of Sample`.
 
@@ -249,10 +259,11 @@ def dataset(
         citation: how to cite it.
         gives: what its samples come with: "label", "box", "mask".
         name: registry name; by default the function's name with hyphens.
+        check_params: settings with which the conformance kit lists it, small and at hand.
     """
     facts = {
         "version": version, "source": source, "license": license, "revision": revision,
-        "citation": citation, "gives": frozenset(gives),
+        "citation": citation, "gives": frozenset(gives), "check_params": dict(check_params or {}),
     }  # fmt: skip
     return _decorator("dataset", name, facts)
 
