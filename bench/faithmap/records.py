@@ -87,7 +87,7 @@ class Facts:
     needs: frozenset[str] = frozenset()
     #: Metrics: score name -> direction.
     scores: Mapping[str, Direction] = field(default_factory=dict)
-    #: Metrics: score -> the least and the largest value that it can take.
+    #: Metrics: score -> the least and the largest value that it can take at the default parameters.
     bounds: Mapping[str, tuple[float, float]] = field(default_factory=dict)
     #: Metrics: score -> the per-image score that stands in where a map is empty or failed.
     fallback: Mapping[str, str] = field(default_factory=dict)

@@ -222,7 +222,7 @@ def metric(
         name: registry name; by default the function's name with hyphens.
         needs: what an image must come with: "mask", "box", "region" (either), "label", or
             "explainer" (the metric calls the explainer itself).
-        bounds: the least and the largest value that a score can take, which the kit holds it to.
+        bounds: the least and the largest value that a score can take at the default parameters.
         fallback: score -> the score of the same image that stands in for an empty or failed map;
             all others take the mean of the reference null's draws.
         map_free: scores that describe the image alone, stored whatever became of the map.
