@@ -138,6 +138,7 @@ class Trial:
             CheckSkipped: the explainer does not even run; `check_maps` says so.
             CheckError: it runs, but not in the way of this call.
         """
+        self.require_defined()
         if self.base.error is not None:
             raise CheckSkipped("not tried: the explainer raises, see check_maps")
         seen = seen or self.base

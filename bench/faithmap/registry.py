@@ -25,6 +25,7 @@ from faithmap.records import Direction, Facts, Kind, Role
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 KINDS: tuple[Kind, ...] = ("explainer", "metric", "dataset")
+BUILT_IN = "built in"
 
 
 @dataclass(frozen=True)
@@ -34,8 +35,13 @@ class Plugin:
     facts: Facts
     target: Callable[..., Any]
     file: Path | None
-    #: "built in", the name of the distribution, or the path given to `--plugin`.
+    #: "built in", the name of the distribution, the path given to `--plugin`, or where else it is defined.
     origin: str
+
+    @property
+    def built_in(self) -> bool:
+        """Whether the plugin comes with this package."""
+        return self.origin == BUILT_IN
 
     @property
     def name(self) -> str:
@@ -121,7 +127,7 @@ def _check_type(where: str, value: Any, default: Any) -> None:
 _plugins: dict[tuple[Kind, str], Plugin] = {}
 _discovered: set[Kind] = set()
 _broken: dict[Kind, dict[str, str]] = {kind: {} for kind in KINDS}
-_origin = "built in"
+_origin = BUILT_IN
 
 
 def _register(facts: Facts, target: Callable[..., Any]) -> None:
@@ -132,7 +138,8 @@ def _register(facts: Facts, target: Callable[..., Any]) -> None:
                 "keyword-only and with defaults, so that they can be checked and stored"
             )
     source = inspect.getsourcefile(target)
-    plugin = Plugin(facts, target, Path(source).resolve() if source else None, _origin)
+    file = Path(source).resolve() if source else None
+    plugin = Plugin(facts, target, file, _origin_of(facts.kind, file))
     known = _plugins.get((facts.kind, facts.name))
     if known is not None and (known.file, known.target.__qualname__) != (plugin.file, target.__qualname__):
         raise PluginError(
@@ -140,6 +147,17 @@ def _register(facts: Facts, target: Callable[..., Any]) -> None:
             "give one of them another name (name=...)"
         )
     _plugins[facts.kind, facts.name] = plugin
+
+
+def _origin_of(kind: Kind, file: Path | None) -> str:
+    """Where a plugin comes from: what is decorated in a script or a notebook is not built in."""
+    if _origin != BUILT_IN or (file is not None and file.parent in _rooms(kind)):
+        return _origin
+    return str(file or "this session")
+
+
+def _rooms(kind: Kind) -> list[Path]:
+    return [(Path(entry) / f"{kind}s").resolve() for entry in faithmap.__path__]
 
 
 def _decorator(kind: Kind, name: str | None, facts: dict[str, Any]) -> Callable[[Function], Function]:
