@@ -234,9 +234,9 @@ def _hooks(modules: Mapping[str, nn.Module], parameters: Mapping[str, nn.Paramet
     hooks: dict[str, Any] = {}
     for name, module in modules.items():
         for kind in HOOK_KINDS:
-            hooks[f"{name or 'model'}{kind}"] = sorted(getattr(module, kind))
+            hooks[f"{name or 'model'}, {kind}"] = sorted(getattr(module, kind))
     for name, parameter in parameters.items():
-        hooks[f"{name}._backward_hooks"] = sorted(parameter._backward_hooks or ())
+        hooks[f"{name}, _backward_hooks"] = sorted(parameter._backward_hooks or ())
     for kind, held in vars(torch.nn.modules.module).items():
         if kind.startswith("_global_") and kind.endswith("_hooks"):
             hooks[f"torch.nn.modules.module.{kind}"] = sorted(held)

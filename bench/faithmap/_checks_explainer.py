@@ -20,7 +20,7 @@ from faithmap._checks import (
     listed,
     tripwire,
 )
-from faithmap._trial import IMAGES, Trial, disagreement, equal_enough, has_features, spread, tall
+from faithmap._trial import IMAGES, Trial, disagreement, equal_enough, has_features, same_bits, spread, tall
 from faithmap.errors import PluginError
 from faithmap.explaining import bind
 
@@ -31,6 +31,11 @@ SEEDING = "Draw from batch.generator(i), or declare per_image=True where a libra
 
 def check_facts(trial: Trial) -> None:
     """Version, source, docstring and parameters are stated; nothing but model and batch is positional."""
+    without = [name for name, value in trial.plugin.parameters.items() if value is inspect.Parameter.empty]
+    if without:
+        raise fail(
+            f"the parameter '{without[0]}' has no default", "a default for each", "Give it the paper's value."
+        )
     check_common_facts(trial.plugin)
     parameters = inspect.signature(trial.plugin.target).parameters.values()
     positional = [p.name for p in parameters if p.kind is not inspect.Parameter.KEYWORD_ONLY]
@@ -39,13 +44,6 @@ def check_facts(trial: Trial) -> None:
             f"the signature takes {', '.join(positional) or 'nothing'} by position",
             "(model, batch, *, parameters)",
             "Put a * before the parameters and give each a default.",
-        )
-    without = [name for name, value in trial.plugin.parameters.items() if value is inspect.Parameter.empty]
-    if without:
-        raise fail(
-            f"the parameter '{without[0]}' has no default",
-            "defaults as published",
-            "Give it the paper's value.",
         )
 
 
@@ -86,8 +84,8 @@ def check_maps(trial: Trial) -> None:
 def check_same_seed(trial: Trial) -> None:
     """The same images and the same seed give the same maps, to the bit."""
     one, two = trial.maps(), trial.maps(trial.again, "at a second call")
-    if not torch.equal(one.nan_to_num(), two.nan_to_num()):
-        gap = float((one - two).abs().nan_to_num().max()) / spread(one)
+    if not same_bits(one, two):
+        gap = float((one - two).abs().nan_to_num().max()) / (spread(one) or 1.0)
         raise fail(
             f"two calls with one seed differ by {100 * gap:.3g}% of the maps' range", "the same maps", SEEDING
         )
@@ -99,7 +97,7 @@ def check_batch(trial: Trial) -> str:
     Where a formula divides by what may vanish, single precision alone can part them; what is gone
     in double precision is rounding, which is noted, and no dependence.
     """
-    together = trial.maps()
+    together = trial.steady_maps()
     for i, seen in enumerate(trial.alone):
         apart = disagreement(trial, together[i], trial.maps(seen, "on one image alone")[0])
         if not apart:
@@ -129,7 +127,7 @@ def _is_rounding(trial: Trial) -> bool:
 
 def check_target(trial: Trial) -> None:
     """Another class gives another map, or the plugin declares that it does not look at the class."""
-    maps = trial.maps()
+    maps = trial.steady_maps()
     for shift in (1, 2):
         others = trial.maps(trial.try_images(shift=shift), "for other classes")
         same = all(not disagreement(trial, one, two) for one, two in zip(maps, others, strict=True))
@@ -231,23 +229,21 @@ def check_random_state(trial: Trial) -> None:
 
 
 def check_settings(trial: Trial) -> None:
-    """Torch's gradient mode, default type and threads are as before."""
-    _unchanged(
-        trial,
-        "settings",
-        "torch's settings as before",
-        "Use a context manager, such as torch.enable_grad() or torch.no_grad().",
-    )
+    """Torch's gradient mode, default type and threads are as before, wherever they stood."""
+    trial.maps()
+    changed = [*trial.base.changes["settings"], *trial.frozen.changes["settings"]]
+    if changed:
+        raise fail(
+            f"changed by the call: {listed(changed)}",
+            "torch's settings as before",
+            "Use a context manager, such as torch.enable_grad() or torch.no_grad().",
+        )
 
 
 def check_frozen(trial: Trial) -> None:
     """Maps are the same on frozen parameters and under `torch.no_grad()`."""
-    expected = trial.maps()
-    model = trial.fresh().requires_grad_(False)
-    found = trial.maps(
-        trial.call(model, trial.batch(model), gradients=False),
-        "under torch.no_grad(), with frozen parameters",
-    )
+    expected = trial.steady_maps()
+    found = trial.maps(trial.frozen, "under torch.no_grad(), with frozen parameters")
     for one, two in zip(found, expected, strict=True):
         apart = disagreement(trial, one, two)
         if apart:
@@ -260,7 +256,7 @@ def check_frozen(trial: Trial) -> None:
 
 def check_bf16(trial: Trial) -> None:
     """A model that computes in bfloat16 gives finite maps."""
-    trial.maps()
+    trial.sound_maps()
     model = trial.fresh()
     batch = trial.batch(model)
     model.precision = "bf16"
@@ -275,7 +271,7 @@ def check_bf16(trial: Trial) -> None:
 
 def check_sizes(trial: Trial) -> None:
     """Images that are higher than wide give maps that are, too."""
-    trial.maps()
+    trial.sound_maps()
     model = tall(trial)
     seen = trial.call(model, trial.batch(model, [0, 1]))
     height, width = model.input_size
@@ -343,8 +339,9 @@ def check_interruption(trial: Trial) -> None:
                 "the model's own error to be passed on",
                 "Catch only errors that you can mend.",
             )
-        for kind, names in seen.changes.items():
-            if names:
+        for kind, changed in seen.changes.items():
+            names = [name for name in changed if name not in trial.base.changes[kind]]
+            if names:  # what an undisturbed call changes as well is told by the other checks
                 raise fail(
                     f"after the model failed in forward pass {passes}, {kind} are changed: {listed(names)}",
                     "everything as before",

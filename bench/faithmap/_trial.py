@@ -126,6 +126,12 @@ class Trial:
         """Each image in a batch of its own."""
         return [self.try_images([i]) for i in range(IMAGES)]
 
+    @cached_property
+    def frozen(self) -> Seen:
+        """Frozen parameters and gradients switched off."""
+        model = self.fresh().requires_grad_(False)
+        return self.call(model, self.batch(model), gradients=False)
+
     @property
     def dtype(self) -> torch.dtype | None:
         """Type of the numbers that the plugin returned at its last call."""
@@ -147,6 +153,33 @@ class Trial:
         maps: Tensor = seen.result
         return maps
 
+    def sound_maps(self) -> Tensor:
+        """The base's maps, for checks that look at their values.
+
+        Raises:
+            CheckSkipped: they are constant, or not finite; `check_maps` says so.
+        """
+        maps = self.maps()
+        if not bool(torch.isfinite(maps).all()) or spread(maps) == 0:
+            raise CheckSkipped("not tried: there are no usable maps, see check_maps")
+        return maps
+
+    def steady_maps(self) -> Tensor:
+        """The base's maps, for checks that compare them with those of other calls.
+
+        Raises:
+            CheckSkipped: they differ from call to call; `check_same_seed` says so.
+        """
+        maps = self.sound_maps()
+        if not same_bits(maps, self.maps(self.again, "at a second call")):
+            raise CheckSkipped("not tried: maps differ from call to call, see check_same_seed")
+        return maps
+
+
+def same_bits(one: Tensor, two: Tensor) -> bool:
+    """Whether two tensors are equal to the bit, NaN included."""
+    return one.shape == two.shape and bool(torch.equal(one.nan_to_num(), two.nan_to_num()))
+
 
 def has_features(model: Model) -> bool:
     """Whether the network has spatial features that can be found."""
@@ -157,8 +190,8 @@ def has_features(model: Model) -> bool:
 
 
 def spread(maps: Tensor) -> float:
-    """The range of some maps; 1 where they are constant, to divide by."""
-    return float(maps.nan_to_num().max() - maps.nan_to_num().min()) or 1.0
+    """The range of some maps."""
+    return float(maps.nan_to_num().max() - maps.nan_to_num().min())
 
 
 def rank_correlation(one: Tensor, two: Tensor) -> float:
@@ -178,7 +211,7 @@ def disagreement(trial: Trial, one: Tensor, two: Tensor, tolerance: float = TOLE
     if trial.plugin.facts.iterative:
         found = rank_correlation(one, two)
         return "" if found >= CORRELATION else f"a rank correlation of {found:.4f}"
-    gap = float((one.nan_to_num() - two.nan_to_num()).abs().max()) / spread(two)
+    gap = float((one.nan_to_num() - two.nan_to_num()).abs().max()) / (spread(two) or 1.0)
     return "" if gap <= tolerance else f"a difference of {100 * gap:.3g}% of the map's range"
 
 

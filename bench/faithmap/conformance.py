@@ -254,7 +254,8 @@ def cases(
 
 def _with_defaults(plugin: Plugin, given: Mapping[str, Any]) -> dict[str, Any]:
     """Defaults below what is given; unlike `Plugin.check` without complaints, which `check_facts` makes."""
-    return {**plugin.parameters, **given}
+    known = plugin.parameters
+    return {**known, **{name: value for name, value in given.items() if name in known}}
 
 
 def _trials(
