@@ -63,7 +63,7 @@ class DatasetTrial:
             CheckSkipped: there are none; `check_listing` says so.
         """
         _, seen = self.listing
-        if seen.error is not None or not seen.result:
+        if seen.error is not None or not seen.result or not isinstance(seen.result[0], Sample):
             raise CheckSkipped("not tried: the dataset lists no samples, see check_listing")
         samples: list[Sample] = seen.result
         return samples

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from faithmap._checks import (
+    CheckError,
     CheckSkipped,
     Seen,
     check_common_facts,
@@ -69,14 +70,29 @@ class MetricTrial:
         """Score one kind of planted map.
 
         Raises:
-            CheckSkipped: the metric does not even run; `check_scores` says so.
+            CheckSkipped: what the metric returns is no scores; `check_scores` says so.
         """
+        if not self.sound:
+            raise CheckSkipped("not tried: what the metric returns is no scores, see check_scores")
         if name not in self._kept:
             self._kept[name] = self.call(self.batch.select(range(IMAGES)), self.maps[name])
         found = self._kept[name]
         if found.seen.error is not None or not found.values:
-            raise CheckSkipped("not tried: the metric gives no scores, see check_scores")
+            raise fail(
+                f"on a map ({name}) the metric raises {found.seen.said}",
+                "scores",
+                "Any map that is not constant may come.",
+            )
         return found
+
+    @cached_property
+    def sound(self) -> bool:
+        """Whether `check_scores` passes."""
+        try:
+            check_scores(self)
+        except CheckError:
+            return False
+        return True
 
     def call(self, batch: Batch, maps: Tensor) -> Scores:
         """One watched call."""
