@@ -132,6 +132,14 @@ class Trial:
         model = self.fresh().requires_grad_(False)
         return self.call(model, self.batch(model), gradients=False)
 
+    @cached_property
+    def bf16(self) -> Seen:
+        """The model computes in bfloat16."""
+        model = self.fresh()
+        batch = self.batch(model)
+        model.precision = "bf16"
+        return self.call(model, batch)
+
     @property
     def dtype(self) -> torch.dtype | None:
         """Type of the numbers that the plugin returned at its last call."""
@@ -220,6 +228,27 @@ def equal_enough(trial: Trial, tolerance: float = TOLERANCE) -> str:
     if trial.plugin.facts.iterative:
         return f"a rank correlation of at least {CORRELATION} (iterative=True)"
     return f"at most {100 * tolerance:g}%"
+
+
+def agree_in_double(trial: Trial, *, frozen: bool = False) -> bool:
+    """Whether maps that differ do so by rounding alone: on the model in double precision they agree.
+
+    Args:
+        trial: the trial.
+        frozen: compare frozen parameters and switched-off gradients, else each image alone, with
+            the images together.
+    """
+    model = trial.fresh().double()
+    whole = trial.call(model, trial.batch(model))
+    if frozen:
+        other = trial.fresh().double().requires_grad_(False)
+        calls = [(trial.call(other, trial.batch(other), gradients=False), list(range(IMAGES)))]
+    else:
+        calls = [(trial.call(model, trial.batch(model, [i])), [i]) for i in range(IMAGES)]
+    if whole.error is not None or any(seen.error is not None for seen, _ in calls):
+        return False
+    pairs = [(seen.result[k], whole.result[i]) for seen, at in calls for k, i in enumerate(at)]
+    return all(not disagreement(trial, one, two) for one, two in pairs)
 
 
 def tall(trial: Trial) -> Model:
