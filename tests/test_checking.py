@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from faithmap import checking, cli, conformance, registry
+from faithmap import checking, cli, conformance, registry, scaffold
+from faithmap.errors import RequestError
 
 Typed = Callable[..., tuple[int, str]]
 BAD = '''
@@ -182,10 +183,7 @@ class TestNew:
         assert sentence in shown
         assert list(tmp_path.iterdir()) == []
 
-    def test_a_folder_that_cannot_be_written_to(self, typed: Typed, monkeypatch: pytest.MonkeyPatch) -> None:
-        def refuse(*_: object, **__: object) -> None:
-            raise PermissionError(13, "Permission denied")
-
-        monkeypatch.setattr(Path, "open", refuse)
-        code, shown = typed("new", "metric", "my-own-thing")
-        assert code == 2 and "Permission denied; go to another folder" in shown
+    def test_a_folder_that_cannot_be_written_to(self, tmp_path: Path) -> None:
+        gone = tmp_path / "gone"
+        with pytest.raises(RequestError, match=r"cannot write .*; go to another folder"):
+            scaffold.write("metric", "my-own-thing", gone)

@@ -11,10 +11,12 @@ from rich.console import Console
 from rich.table import Table
 
 from faithmap import registry
+from faithmap._checks import DEFAULT_MODELS, ModelSource
 from faithmap.config import parse_spec, split_list
 from faithmap.conformance import Case, Result, Status, cases, failures
 from faithmap.errors import RequestError, nearest
 from faithmap.listing import load_plugins
+from faithmap.models import load_model
 from faithmap.records import Kind
 from faithmap.registry import Plugin
 
@@ -41,15 +43,13 @@ def check(
         errors: where progress goes.
     """
     load_plugins(plugins)
-    named = split_list(models) if models is not None else None
-    if named is not None and not named:
-        raise RequestError("--models is empty; give a comma list of names")
     found = chosen(what)
+    loaded = load_models(models) if any(plugin.facts.kind == "explainer" for plugin, _ in found) else {}
     started = time.perf_counter()
     results: list[Result] = []
     for plugin, params in found:
         kind: Kind = plugin.facts.kind
-        made = cases(kind, plugin, named, params=params, slow=not quick)
+        made = cases(kind, plugin, loaded, params=params, slow=not quick)
         mine = _run(made, errors)
         results += mine
         if len(found) == 1:
@@ -91,6 +91,18 @@ def chosen(what: str) -> list[tuple[Plugin, dict[str, object]]]:
             "(or give the path of a .py file, or all)"
         )
     return [(plugin, dict(spec.params)) for plugin in found]
+
+
+def load_models(names: str | None) -> dict[str, ModelSource]:
+    """The models to try explainers on, loaded once for all of them.
+
+    Raises:
+        RequestError: a name is unknown.
+    """
+    specs = [parse_spec(name) for name in (DEFAULT_MODELS if names is None else split_list(names))]
+    if not specs:
+        raise RequestError("--models is empty; give a comma list of names")
+    return {spec.title: load_model(spec.name, **spec.params) for spec in specs}
 
 
 def _run(made: Sequence[Case], errors: Console) -> list[Result]:
