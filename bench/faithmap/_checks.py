@@ -272,6 +272,8 @@ class Seen:
     changes: Mapping[str, list[str]] = field(default_factory=dict)
     forwards: int = 0
     backwards: int = 0
+    #: Type of the numbers that came back, where they are a tensor.
+    dtype: torch.dtype | None = None
 
     @property
     def said(self) -> str:

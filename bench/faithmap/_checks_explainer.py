@@ -78,9 +78,9 @@ def check_maps(trial: Trial) -> None:
             "finite maps",
             "Look for a division by zero, a log or a root.",
         )
-    if trial.dtype is not None and (not trial.dtype.is_floating_point or trial.dtype.itemsize < 4):
+    if seen.dtype is not None and (not seen.dtype.is_floating_point or seen.dtype.itemsize < 4):
         raise fail(
-            f"maps come as {trial.dtype}",
+            f"maps come as {seen.dtype}",
             "torch.float32",
             "Convert before you compute: coarse numbers tie pixels that differ.",
         )

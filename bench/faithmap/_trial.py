@@ -50,7 +50,6 @@ class Trial:
         self.params = params
         self.model = model
         self._source = source
-        self._dtype: torch.dtype | None = None
 
     @cached_property
     def original(self) -> Model:
@@ -91,14 +90,17 @@ class Trial:
         """One watched call on a batch of which nothing has been computed yet."""
         self.require_defined()
 
+        types: list[torch.dtype] = []  # before the core converts them
+
         @functools.wraps(self.plugin.target)
         def noting(*args: Any, **kwargs: Any) -> Any:
             returned = self.plugin.target(*args, **kwargs)
-            self._dtype = returned.dtype if isinstance(returned, Tensor) else None
+            types.extend([returned.dtype] if isinstance(returned, Tensor) else [])
             return returned
 
         call = bind(replace(self.plugin, target=noting), dict(self.params))
-        return watch(lambda: call(model, batch), model, batch, gradients=gradients)
+        seen = watch(lambda: call(model, batch), model, batch, gradients=gradients)
+        return replace(seen, dtype=types[0] if types else None)
 
     def batch(self, model: Model, positions: Sequence[int] = range(IMAGES), shift: int = 0) -> Batch:
         """The trial's images for a copy of its model; a shift explains other classes."""
@@ -139,11 +141,6 @@ class Trial:
         batch = self.batch(model)
         model.precision = "bf16"
         return self.call(model, batch)
-
-    @property
-    def dtype(self) -> torch.dtype | None:
-        """Type of the numbers that the plugin returned at its last call."""
-        return self._dtype
 
     def maps(self, seen: Seen | None = None, when: str = "") -> Tensor:
         """The maps of a call.
