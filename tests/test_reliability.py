@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +15,7 @@ from faithmap import registry, reliability
 from faithmap.boards import rebuild
 from faithmap.config import load_config
 from faithmap.engine import Silent
+from faithmap.folders import read_runs
 
 EXPLAINER = '''
 import torch
@@ -131,3 +133,28 @@ def test_what_is_decorated_outside_the_rooms_is_not_built_in() -> None:
     assert registry.get("explainer", "here").origin == str(Path(__file__).resolve())
     assert not registry.get("explainer", "here").built_in
     assert registry.get("explainer", "gradcam").built_in
+
+
+def test_a_terminal_and_a_log_are_told() -> None:
+    from rich.console import Console
+
+    from faithmap.progress import Bar, Lines
+
+    log, terminal = io.StringIO(), io.StringIO()
+    Lines(log).checked("outside", 0, 1.04)
+    assert log.getvalue() == "checked outside, which is not built in: all passed (1.0 s)\n"
+    Bar(Console(file=terminal, width=200)).checked("outside", 2, 1.0)
+    assert terminal.getvalue() == (
+        "checked outside, which is not built in: 2 failed, so it is marked unreliable (1.0 s)\n"
+    )
+
+
+def test_several_runs_on_one_board_keep_their_verdicts(tmp_path: Path) -> None:
+    load(tmp_path, "bad.py", EXPLAINER.format(line=LEAK))
+    (tmp_path / "one").mkdir()
+    (tmp_path / "two").mkdir()
+    one, _ = run(tmp_path / "one", explainers=["centre"])
+    two, _ = run(tmp_path / "two", explainers=["outside"])
+    _, manifest = read_runs([one.path, two.path])
+    assert [verdict["name"] for verdict in manifest["verdicts"].values()] == ["outside"]
+    assert manifest["explainers"]["outside"]["reliable"] is False
