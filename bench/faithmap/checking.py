@@ -12,7 +12,7 @@ from rich.table import Table
 
 from faithmap import registry
 from faithmap._checks import DEFAULT_MODELS, ModelSource
-from faithmap.config import parse_spec, split_list
+from faithmap.config import parse_spec, split_list, unique
 from faithmap.conformance import Case, Result, Status, cases, failures
 from faithmap.errors import RequestError, nearest
 from faithmap.listing import load_plugins
@@ -99,7 +99,8 @@ def load_models(names: str | None) -> dict[str, ModelSource]:
     Raises:
         RequestError: a name is unknown.
     """
-    specs = [parse_spec(name) for name in (DEFAULT_MODELS if names is None else split_list(names))]
+    asked = DEFAULT_MODELS if names is None else split_list(names)
+    specs = unique(tuple(parse_spec(name) for name in asked), "models")
     if not specs:
         raise RequestError("--models is empty; give a comma list of names")
     return {spec.title: load_model(spec.name, **spec.params) for spec in specs}
