@@ -28,7 +28,7 @@ def _forwards(model: Model, params: Mapping[str, Any]) -> float:
 
 @explainer(
     version=1, source="Desai and Ramaswamy 2020 (doi:10.1109/WACV45572.2020.9093360)",
-    forwards=_forwards, backwards=0,
+    forwards=_forwards, backwards=0, exact_cost=False,
 )  # fmt: skip
 def ablationcam(model: Model, batch: Batch, *, layer: str | None = None, denominator: str = "score") -> Maps:
     """Channels weighted by the share of the score that is lost without them.

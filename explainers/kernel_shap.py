@@ -25,6 +25,7 @@ def _forwards(model: Model, params: Mapping[str, Any]) -> float:
 @explainer(
     version=1, source="Lundberg and Lee 2017 (arXiv:1705.07874), theorem 2 (Shapley kernel)",
     forwards=_forwards, backwards=0, check_params={"n_samples": 64, "segments": 12},
+    exact_cost=False,
 )  # fmt: skip
 def kernel_shap(
     model: Model,

@@ -33,7 +33,7 @@ def _backwards(model: Model, params: Mapping[str, Any]) -> float:
 
 @explainer(
     version=1, source="Fong and Vedaldi 2017 (arXiv:1704.03296), eq. 4 and sec. 4.3", forwards=_forwards,
-    backwards=_backwards, check_params={"iterations": 8},
+    backwards=_backwards, check_params={"iterations": 8}, exact_cost=False, iterative=True,
 )  # fmt: skip
 def mask(
     model: Model,

@@ -26,7 +26,8 @@ def _forwards(model: Model, params: Mapping[str, Any]) -> float:
 
 @explainer(
     name="opti-cam", version=1, source="Zhang et al. 2023 (arXiv:2301.07002), eq. 8 to 11",
-    forwards=_forwards, backwards=_backwards, check_params={"iterations": 5},
+    forwards=_forwards, backwards=_backwards, check_params={"iterations": 5}, exact_cost=False,
+    iterative=True,
 )  # fmt: skip
 def opti_cam(
     model: Model,

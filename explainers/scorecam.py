@@ -20,8 +20,9 @@ def _forwards(model: Model, params: Mapping[str, Any]) -> float:
 
 
 @explainer(
-    version=1, source="Wang et al. 2020 (arXiv:1910.01279), algorithm 1", forwards=_forwards, backwards=0
-)
+    version=1, source="Wang et al. 2020 (arXiv:1910.01279), algorithm 1", forwards=_forwards, backwards=0,
+    exact_cost=False,
+)  # fmt: skip
 def scorecam(
     model: Model,
     batch: Batch,

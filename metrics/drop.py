@@ -17,11 +17,21 @@ if TYPE_CHECKING:
 
     from faithmap.batch import Batch, Maps, Values
     from faithmap.models import Model
+    from faithmap.records import Direction
 
 CHOICES = {
     "space": ("pixel", "normalised"),
     "score": ("probability", "logit"),
     "mute": ("soft", "half"),
+}
+SCORES: dict[str, Direction] = {
+    "average_drop": "lower",
+    "increase": "higher",
+    "area": "none",
+    "average_gain": "higher",
+    "scan_inc": "higher",
+    "drop_equalised": "lower",
+    "increase_equalised": "higher",
 }
 #: Room to gain below which a gain is not divided any further: fp32 cannot tell 1 - Y from zero there.
 LEAST_ROOM = 1e-6
@@ -31,15 +41,8 @@ LEAST_ROOM = 1e-6
     version=1,
     source="Chattopadhay et al. 2018, sec. 4.1 (average drop, increase in confidence); "
     "Zhang et al. 2024 (average gain); SCAN, tables of Drop, Inc and Win",
-    scores={
-        "average_drop": "lower",
-        "increase": "higher",
-        "area": "none",
-        "average_gain": "higher",
-        "scan_inc": "higher",
-        "drop_equalised": "lower",
-        "increase_equalised": "higher",
-    },
+    scores=SCORES,
+    bounds=dict.fromkeys(SCORES, (0, 100)),
 )
 def drop(
     model: Model,

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     scores={"energy_pg": "higher", "object_share": "none"},
     needs={"region"},
     fallback={"energy_pg": "object_share"},
+    bounds={"energy_pg": (0, 100), "object_share": (0, 100)},
     map_free={"object_share"},
 )
 def energy_pointing_game(

@@ -31,6 +31,7 @@ NOISE = 0.01
     version=1,
     source="Chefer et al. 2021, sec. 4 (perturbation tests); SCAN, AUC-D = negative - positive AUC",
     scores={**SCORES, "ties": "none"},
+    bounds={**{name: (-90 if name.startswith("auc_d") else 0, 90) for name in SCORES}, "ties": (0, 100)},
     calibrate=True,
 )
 def perturbation(

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     source="Zhang et al. 2018 (Excitation Backprop), sec. 4.2: a hit within 15 pixels of the object",
     scores={"pointing": "higher"},
     needs={"region"},
+    bounds={"pointing": (0, 100)},
 )
 def pointing_game(
     model: Model,

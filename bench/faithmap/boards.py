@@ -48,7 +48,15 @@ def print_summary(path: Path, console: Console) -> None:
     from faithmap.leaderboard import build_board
     from faithmap.report.terminal import summary_table
 
-    console.print(summary_table(build_board(*read_run(path))))
+    rows, manifest = read_run(path)
+    console.print(summary_table(build_board(rows, manifest)))
+    for verdict in manifest.get("verdicts", {}).values():
+        for fault in verdict["failed"]:
+            where = f"{fault['check']} on {fault['model']}" if fault["model"] else fault["check"]
+            console.print(
+                f"unreliable {verdict['kind']} {verdict['name']}, {where}: {fault['message']}",
+                markup=False, highlight=False, soft_wrap=True,
+            )  # fmt: skip
 
 
 def print_failures(path: Path, console: Console) -> int:

@@ -1,4 +1,4 @@
-"""The command line: `faithmap run`, `leaderboard`, `list`, `status`, `explain`, `doctor`.
+"""The command line: `faithmap run`, `leaderboard`, `list`, `explain`, `check`, `new`, `status`, `doctor`.
 
 Exit codes: 0 done; 1 something failed (listed, with reasons); 2 the request was wrong (one
 sentence, no traceback); 130 interrupted (run the same command again to go on).
@@ -183,6 +183,37 @@ def explain(
 
     listing.load_plugins(plugin or [])
     _exit(commands.explain(image, model, explainers, target, out, device, seed, OUT))
+
+
+@app.command()
+def check(
+    what: Annotated[
+        str,
+        typer.Argument(
+            metavar="NAME | FILE.py | all", help="A plugin's name (parameters in brackets), a file, or all."
+        ),
+    ],
+    models: Annotated[
+        str | None, typer.Option(help=f"Models to try explainers on; by default two embedded ones. {Comma}")
+    ] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="Leave out the slow check of memory.")] = False,
+    plugin: Plugins = None,
+) -> None:
+    """Check what every plugin promises; a failure says what to mend."""
+    from faithmap import checking
+
+    _exit(checking.check(what, models, plugin or [], quick, OUT, ERR))
+
+
+@app.command()
+def new(
+    kind: Annotated[str, typer.Argument(help="explainer, metric or dataset.")],
+    name: Annotated[str, typer.Argument(help="The name in the register: small letters, digits, hyphens.")],
+) -> None:
+    """Write ./NAME.py, a plugin to begin with; it passes `faithmap check` as it stands."""
+    from faithmap import scaffold
+
+    _exit(scaffold.new(kind, name, OUT))
 
 
 @app.command()

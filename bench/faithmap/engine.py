@@ -19,6 +19,9 @@ PREVIEWED = 4
 class Observer(Protocol):
     """Is told how a run goes on."""
 
+    def checked(self, plugin: str, failed: int, seconds: float) -> None:
+        """A plugin that is not built in has been checked, and so many checks failed."""
+
     def begin(self, units: int, done: int) -> None:
         """The run has so many units, of which some were stored by an earlier run."""
 
@@ -34,6 +37,9 @@ class Observer(Protocol):
 
 class Silent:
     """An observer that says nothing."""
+
+    def checked(self, plugin: str, failed: int, seconds: float) -> None:
+        """Say nothing."""
 
     def begin(self, units: int, done: int) -> None:
         """Say nothing."""

@@ -75,6 +75,7 @@ def read_runs(paths: Sequence[str | Path]) -> tuple[pd.DataFrame, dict[str, Any]
             key: list(dict.fromkeys([*merged["request"][key], *other["request"][key]]))
             for key in merged["request"]
         }
+        merged["verdicts"] = {**merged.get("verdicts", {}), **other.get("verdicts", {})}
         merged["cells"] = list(dict.fromkeys([*merged["cells"], *other["cells"]]))
     rows = pd.concat([rows for rows, _ in read], ignore_index=True)
     return rows.drop_duplicates(KEY_COLUMNS).sort_values(

@@ -28,6 +28,11 @@ class Bar:
         self._clock = _Clock()
         self._place = ""
 
+    def checked(self, plugin: str, failed: int, seconds: float) -> None:
+        """A plugin that is not built in has been checked."""
+        text = told_check(plugin, failed, seconds)
+        self._progress.console.print(text, markup=False, highlight=False, soft_wrap=True)
+
     def begin(self, units: int, done: int) -> None:
         """Show the bar, begun where an earlier run stopped."""
         self._clock = _Clock(units - done)
@@ -64,6 +69,10 @@ class Lines:
         self._done = self._units = 0
         self._place = ""
         self._clock = _Clock()
+
+    def checked(self, plugin: str, failed: int, seconds: float) -> None:
+        """A plugin that is not built in has been checked."""
+        self._say(told_check(plugin, failed, seconds))
 
     def begin(self, units: int, done: int) -> None:
         """Say how much there is to do."""
@@ -108,6 +117,12 @@ class _Clock:
     def left(self) -> float:
         elapsed = time.monotonic() - self._start
         return elapsed / max(self._done, 1) * max(self._units - self._done, 0)
+
+
+def told_check(plugin: str, failed: int, seconds: float) -> str:
+    """What the checks of a plugin came to, in a line."""
+    found = f"{failed} failed, so it is marked unreliable" if failed else "all passed"
+    return f"checked {plugin}, which is not built in: {found} ({seconds:.1f} s)"
 
 
 def clock(seconds: float) -> str:

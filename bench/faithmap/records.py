@@ -74,6 +74,10 @@ class Facts:
     #: parameters and the model. None: not declared.
     forwards: float | Callable[..., float] | None = None
     backwards: float | Callable[..., float] | None = None
+    #: Whether the declared counts are met exactly; False where they are upper bounds.
+    exact_cost: bool = True
+    #: The map is found step by step, so that rounding grows: compared by ranks, not by values.
+    iterative: bool = False
     #: Small parameter values with which the conformance kit runs the plugin.
     check_params: Mapping[str, Any] = field(default_factory=dict)
     #: The plugin uses a library's global random state: call it one image at a time, seeded.
@@ -83,6 +87,8 @@ class Facts:
     needs: frozenset[str] = frozenset()
     #: Metrics: score name -> direction.
     scores: Mapping[str, Direction] = field(default_factory=dict)
+    #: Metrics: score -> the least and the largest value that it can take at the default parameters.
+    bounds: Mapping[str, tuple[float, float]] = field(default_factory=dict)
     #: Metrics: score -> the per-image score that stands in where a map is empty or failed.
     fallback: Mapping[str, str] = field(default_factory=dict)
     #: Metrics: scores that describe the image alone, stored whatever became of the map.

@@ -25,6 +25,7 @@ from faithmap.records import Direction, Facts, Kind, Role
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 KINDS: tuple[Kind, ...] = ("explainer", "metric", "dataset")
+BUILT_IN = "built in"
 
 
 @dataclass(frozen=True)
@@ -34,8 +35,13 @@ class Plugin:
     facts: Facts
     target: Callable[..., Any]
     file: Path | None
-    #: "built in", the name of the distribution, or the path given to `--plugin`.
+    #: "built in", the name of the distribution, the path given to `--plugin`, or where else it is defined.
     origin: str
+
+    @property
+    def built_in(self) -> bool:
+        """Whether the plugin comes with this package."""
+        return self.origin == BUILT_IN
 
     @property
     def name(self) -> str:
@@ -121,7 +127,7 @@ def _check_type(where: str, value: Any, default: Any) -> None:
 _plugins: dict[tuple[Kind, str], Plugin] = {}
 _discovered: set[Kind] = set()
 _broken: dict[Kind, dict[str, str]] = {kind: {} for kind in KINDS}
-_origin = "built in"
+_origin = BUILT_IN
 
 
 def _register(facts: Facts, target: Callable[..., Any]) -> None:
@@ -132,7 +138,8 @@ def _register(facts: Facts, target: Callable[..., Any]) -> None:
                 "keyword-only and with defaults, so that they can be checked and stored"
             )
     source = inspect.getsourcefile(target)
-    plugin = Plugin(facts, target, Path(source).resolve() if source else None, _origin)
+    file = Path(source).resolve() if source else None
+    plugin = Plugin(facts, target, file, _origin_of(facts.kind, file))
     known = _plugins.get((facts.kind, facts.name))
     if known is not None and (known.file, known.target.__qualname__) != (plugin.file, target.__qualname__):
         raise PluginError(
@@ -140,6 +147,17 @@ def _register(facts: Facts, target: Callable[..., Any]) -> None:
             "give one of them another name (name=...)"
         )
     _plugins[facts.kind, facts.name] = plugin
+
+
+def _origin_of(kind: Kind, file: Path | None) -> str:
+    """Where a plugin comes from: what is decorated in a script or a notebook is not built in."""
+    if _origin != BUILT_IN or (file is not None and file.parent in _rooms(kind)):
+        return _origin
+    return str(file or "this session")
+
+
+def _rooms(kind: Kind) -> list[Path]:
+    return [(Path(entry) / f"{kind}s").resolve() for entry in faithmap.__path__]
 
 
 def _decorator(kind: Kind, name: str | None, facts: dict[str, Any]) -> Callable[[Function], Function]:
@@ -161,6 +179,8 @@ def explainer(
     class_specific: bool = True,
     forwards: float | Callable[..., float] | None = None,
     backwards: float | Callable[..., float] | None = None,
+    exact_cost: bool = True,
+    iterative: bool = False,
     check_params: Mapping[str, Any] | None = None,
     per_image: bool = False,
     role: Role = "method",
@@ -179,6 +199,9 @@ def explainer(
         forwards: images passed through the model per explained image, beyond none; a number or a
             function of (model, params).
         backwards: likewise for backward passes.
+        exact_cost: False where the two counts are upper bounds rather than what each call takes.
+        iterative: True where the map is found by steps that let rounding grow (an optimisation, a
+            fit): the kit then compares maps by rank correlation instead of by value.
         check_params: small settings with which the conformance kit runs the plugin.
         per_image: the plugin draws from torch's or numpy's global random state; it is then called
             one image at a time under a seeded, forked state.
@@ -188,8 +211,8 @@ def explainer(
     facts = {
         "version": version, "source": source, "families": frozenset(families), "defined_for": defined_for,
         "class_specific": class_specific, "forwards": forwards, "backwards": backwards,
-        "check_params": dict(check_params or {}), "per_image": per_image, "role": role,
-        "needs": frozenset(needs),
+        "exact_cost": exact_cost, "iterative": iterative, "check_params": dict(check_params or {}),
+        "per_image": per_image, "role": role, "needs": frozenset(needs),
     }  # fmt: skip
     return _decorator("explainer", name, facts)
 
@@ -201,10 +224,12 @@ def metric(
     scores: Mapping[str, Direction],
     name: str | None = None,
     needs: Iterable[str] = (),
+    bounds: Mapping[str, tuple[float, float]] | None = None,
     fallback: Mapping[str, str] | None = None,
     map_free: Iterable[str] = (),
     calibrate: bool = False,
     sample: int | None = None,
+    check_params: Mapping[str, Any] | None = None,
 ) -> Callable[[Function], Function]:
     """Register a metric: `f(model, batch, maps, *, params) -> {score: values (B,)}`.
 
@@ -215,16 +240,18 @@ def metric(
         name: registry name; by default the function's name with hyphens.
         needs: what an image must come with: "mask", "box", "region" (either), "label", or
             "explainer" (the metric calls the explainer itself).
+        bounds: the least and the largest value that a score can take at the default parameters.
         fallback: score -> the score of the same image that stands in for an empty or failed map;
             all others take the mean of the reference null's draws.
         map_free: scores that describe the image alone, stored whatever became of the map.
         calibrate: score each method's swapped and rolled maps too.
         sample: scored on this many images of a run instead of on all.
+        check_params: small settings with which the conformance kit runs the plugin.
     """
     facts = {
         "version": version, "source": source, "scores": dict(scores), "needs": frozenset(needs),
-        "fallback": dict(fallback or {}), "map_free": frozenset(map_free), "calibrate": calibrate,
-        "sample": sample,
+        "bounds": dict(bounds or {}), "fallback": dict(fallback or {}), "map_free": frozenset(map_free),
+        "calibrate": calibrate, "sample": sample, "check_params": dict(check_params or {}),
     }  # fmt: skip
     return _decorator("metric", name, facts)
 
@@ -238,6 +265,7 @@ def dataset(
     citation: str = "",
     gives: Iterable[str] = ("label",),
     name: str | None = None,
+    check_params: Mapping[str, Any] | None = None,
 ) -> Callable[[Function], Function]:
     """Register a dataset: `f(*, params) -> iterable of Sample`.
 
@@ -249,10 +277,11 @@ def dataset(
         citation: how to cite it.
         gives: what its samples come with: "label", "box", "mask".
         name: registry name; by default the function's name with hyphens.
+        check_params: settings with which the conformance kit lists it, small and at hand.
     """
     facts = {
         "version": version, "source": source, "license": license, "revision": revision,
-        "citation": citation, "gives": frozenset(gives),
+        "citation": citation, "gives": frozenset(gives), "check_params": dict(check_params or {}),
     }  # fmt: skip
     return _decorator("dataset", name, facts)
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from faithmap import reliability
 from faithmap import store as storage
 from faithmap.config import Config, load_config
 from faithmap.data import check_labels, shards
@@ -121,6 +122,7 @@ def _run_locked(
         merged = {**held["identity"]["weights"], **grid_identity["weights"]}
         grid_identity = {**grid_identity, "weights": merged}
     content = {**manifest(grid, grid_identity, settings, cells), "plan": planned(groups)}
+    reliability.record(content, reliability.judge(grid, held, observer))
     store.write_manifest(content)
     images = {dataset.label: [sample.id for sample in samples] for dataset, samples in grid.datasets}
     storage.write_bytes(store.path / IMAGES, (json.dumps(images, indent=0) + "\n").encode())

@@ -103,6 +103,30 @@ def legend(columns: Iterable[str]) -> list[str]:
     return ["## What the columns mean", "\n".join(lines), _NOTES]
 
 
+def unreliable(manifest: Mapping[str, Any]) -> list[str]:
+    """Which plugins failed checks of the kit, and why; nothing where none did."""
+    lines = [
+        f"- {verdict['kind']} `{verdict['name']}`, `{fault['check']}`"
+        + (f" on `{fault['model']}`" if fault["model"] else "")
+        + f": {plain(fault['message'])}"
+        for verdict in manifest.get("verdicts", {}).values()
+        for fault in verdict["failed"]
+    ]
+    if not lines:
+        return []
+    note = (
+        "Plugins that are not part of faithmap are checked before they run. These failed, and are shown "
+        "but not ranked; `faithmap check` tells more."
+    )
+    return ["## Unreliable plugins", note, "\n".join(lines)]
+
+
+def plain(text: Any) -> str:
+    """Free text made safe for a list or a table: one line, no markup of its own."""
+    flat = " ".join(str(text).split())
+    return "".join(f"\\{sign}" if sign in "\\`*_[]<>|" else sign for sign in flat)
+
+
 def provenance(manifest: Mapping[str, Any]) -> list[str]:
     """What was run: enough to run it again and to tell two boards apart."""
     lines = [

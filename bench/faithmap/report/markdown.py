@@ -20,7 +20,7 @@ from faithmap.report._format import (
     rank_text,
     records,
 )
-from faithmap.report._provenance import legend, provenance
+from faithmap.report._provenance import legend, plain, provenance, unreliable
 
 if TYPE_CHECKING:
     from faithmap.leaderboard import CellFacts
@@ -51,7 +51,7 @@ def render_markdown(
     for cell in facts:
         here = board[(board["model"] == cell.model) & (board["dataset"] == cell.dataset)]
         parts += _section(records(here), cell, manifest, figures)
-    parts += legend(board.columns) + provenance(manifest)
+    parts += unreliable(manifest) + legend(board.columns) + provenance(manifest)
     return "\n\n".join(parts) + "\n"
 
 
@@ -100,7 +100,7 @@ def _section(
         parts += ["### Controls and nulls (never ranked)", _main_table(others, methods, manifest)]
     left_out = [line for line in lines if line["status"] not in ("ok", "control", "null")]
     if left_out:
-        reasons = [f"- {_code(line['explainer'])}: {_plain(line['status'])}" for line in left_out]
+        reasons = [f"- {_code(line['explainer'])}: {plain(line['status'])}" for line in left_out]
         parts += ["### Not ranked", "\n".join(reasons)]
     parts += _stood_in(measured) + _figures(cell, figures)
     parts += _variants(methods + others, manifest) + _cost(methods + others, manifest)
@@ -291,9 +291,3 @@ def _table(header: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) 
 def _code(name: Any) -> str:
     text = " ".join(str(name).split()).replace("|", "\\|").replace("`", "'")
     return f"`{text}`"
-
-
-def _plain(text: Any) -> str:
-    """Free text made safe for a list or a table: one line, no markup of its own."""
-    flat = " ".join(str(text).split())
-    return "".join(f"\\{sign}" if sign in "\\`*_[]<>|" else sign for sign in flat)

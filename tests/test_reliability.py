@@ -1,0 +1,160 @@
+"""Plugins from outside are checked before a run: a bad one is shown, named, and not ranked."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import faithmap
+from faithmap import registry, reliability
+from faithmap.boards import rebuild
+from faithmap.config import load_config
+from faithmap.engine import Silent
+from faithmap.folders import read_runs
+
+EXPLAINER = '''
+import torch
+from faithmap import explainer
+
+@explainer(version=1, source="a test", forwards=1, backwards=1)
+def outside(model, batch):
+    """Features times gradients."""
+    {line}
+    return (batch.activations() * batch.gradients()).sum(1)
+'''
+LEAK = "model.layer().register_forward_hook(lambda *_: None)"
+METRIC = '''
+from faithmap import metric
+
+@metric(version=1, source="a test", scores={"brightness": "higher"})
+def brightness(model, batch, maps):
+    """The mean of the map."""
+    return {"brightness": maps.mean((1, 2))}
+'''
+
+
+class Told(Silent):
+    """Keeps what a run says of the plugins that it checks."""
+
+    def __init__(self) -> None:
+        self.checked_plugins: list[tuple[str, int]] = []
+
+    def checked(self, plugin: str, failed: int, seconds: float) -> None:
+        assert seconds >= 0
+        self.checked_plugins.append((plugin, failed))
+
+
+@pytest.fixture(autouse=True)
+def restored() -> Iterator[None]:
+    """Forget what a test registers."""
+    for kind in registry.KINDS:
+        registry.plugins(kind)
+    before = dict(registry._plugins)
+    yield
+    registry._plugins.clear()
+    registry._plugins.update(before)
+
+
+def load(folder: Path, name: str, text: str) -> None:
+    file = folder / name
+    file.write_text(text)
+    registry.load_file(file)
+
+
+def run(folder: Path, **lists: Any) -> tuple[faithmap.Run, Told]:
+    told = Told()
+    config = load_config({"run": {"limit": 6, "batch_size": 6, "own_nulls": []}}).with_lists(
+        models=["shapes/resnet"], **{"metrics": ["perturbation"], **lists}
+    )
+    return faithmap.run(config, out=folder / "run", observer=told, figures=False), told
+
+
+def statuses(done: faithmap.Run) -> dict[str, str]:
+    return dict(done.leaderboard()[["explainer", "status"]].itertuples(index=False))
+
+
+def test_a_bad_one_is_not_ranked_and_the_board_says_why(tmp_path: Path) -> None:
+    load(tmp_path, "bad.py", EXPLAINER.format(line=LEAK))
+    done, told = run(tmp_path, explainers=["outside", "gradcam"])
+    assert statuses(done) == {"outside": "not ranked: unreliable", "gradcam": "ok", "random-grid": "null"}
+    assert told.checked_plugins == [("outside", 2)]
+    text = (done.path / "leaderboard.md").read_text(encoding="utf-8")
+    assert "- `outside`: not ranked: unreliable" in text
+    assert "## Unreliable plugins" in text
+    assert "- explainer `outside`, `check_hooks` on `shapes/vit`: changed by the call" in text
+    assert done.rows()["explainer"].eq("outside").any()
+
+    again, told = run(tmp_path, explainers=["outside", "gradcam"])
+    assert told.checked_plugins == []  # the manifest keeps the verdict
+    assert statuses(again)["outside"] == "not ranked: unreliable"
+
+    from rich.console import Console
+
+    before = (done.path / "leaderboard.md").read_bytes()
+    rebuild([done.path], None, Console(quiet=True))
+    assert b"## Unreliable plugins" in (done.path / "leaderboard.md").read_bytes() and before
+
+
+def test_a_good_one_is_ranked_and_another_file_is_checked_anew(tmp_path: Path) -> None:
+    load(tmp_path, "good.py", EXPLAINER.format(line=""))
+    done, told = run(tmp_path, explainers=["outside", "gradcam"])
+    assert statuses(done)["outside"] == "ok"
+    assert told.checked_plugins == [("outside", 0)]
+    assert "Unreliable" not in (done.path / "leaderboard.md").read_text(encoding="utf-8")
+    (verdict,) = done.manifest["verdicts"].values()
+    assert verdict == {"name": "outside", "kind": "explainer", "failed": []}
+    plugin = registry.get("explainer", "outside")
+    key = reliability.key_of(plugin, {})
+    (tmp_path / "good.py").write_text(EXPLAINER.format(line="# changed"))
+    assert reliability.key_of(plugin, {}) != key
+
+
+def test_metrics_are_judged_too_and_what_is_built_in_is_not(tmp_path: Path) -> None:
+    load(tmp_path, "metric.py", METRIC)
+    done, told = run(tmp_path, explainers=["gradcam"], metrics=["perturbation", "brightness"])
+    assert told.checked_plugins == [("brightness", 1)]
+    entries = {entry["name"]: entry["reliable"] for entry in done.manifest["metrics"]}
+    assert entries == {"perturbation": True, "brightness": False}
+    text = (done.path / "leaderboard.md").read_text(encoding="utf-8")
+    assert "- metric `brightness`, `check_direction`" in text
+    assert json.loads((done.path / "manifest.json").read_text())["datasets"]["shapes"]["reliable"] is True
+
+
+def test_what_is_decorated_outside_the_rooms_is_not_built_in() -> None:
+    @registry.explainer(version=1, source="a test")
+    def here(model: object, batch: object) -> None:
+        """Decorated in a test."""
+
+    assert registry.get("explainer", "here").origin == str(Path(__file__).resolve())
+    assert not registry.get("explainer", "here").built_in
+    assert registry.get("explainer", "gradcam").built_in
+
+
+def test_a_terminal_and_a_log_are_told() -> None:
+    from rich.console import Console
+
+    from faithmap.progress import Bar, Lines
+
+    log, terminal = io.StringIO(), io.StringIO()
+    Lines(log).checked("outside", 0, 1.04)
+    assert log.getvalue() == "checked outside, which is not built in: all passed (1.0 s)\n"
+    Bar(Console(file=terminal, width=200)).checked("outside", 2, 1.0)
+    assert terminal.getvalue() == (
+        "checked outside, which is not built in: 2 failed, so it is marked unreliable (1.0 s)\n"
+    )
+
+
+def test_several_runs_on_one_board_keep_their_verdicts(tmp_path: Path) -> None:
+    load(tmp_path, "bad.py", EXPLAINER.format(line=LEAK))
+    (tmp_path / "one").mkdir()
+    (tmp_path / "two").mkdir()
+    one, _ = run(tmp_path / "one", explainers=["centre"])
+    two, _ = run(tmp_path / "two", explainers=["outside"])
+    _, manifest = read_runs([one.path, two.path])
+    assert [verdict["name"] for verdict in manifest["verdicts"].values()] == ["outside"]
+    assert manifest["explainers"]["outside"]["reliable"] is False
