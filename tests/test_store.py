@@ -113,6 +113,12 @@ def test_folders_of_something_else_are_left_alone(tmp_path: Path) -> None:
         RunStore(tmp_path).create()
 
 
+def test_a_run_may_lie_beside_its_request(tmp_path: Path) -> None:
+    (tmp_path / "run.toml").write_text("[run]")
+    RunStore(tmp_path).create()
+    assert (tmp_path / "rows").is_dir() and (tmp_path / "run.toml").read_text() == "[run]"
+
+
 @pytest.mark.skipif(os.name == "nt" or os.geteuid() == 0, reason="permissions do not bind this user")
 def test_a_folder_that_cannot_be_written_to_is_refused(tmp_path: Path) -> None:
     tmp_path.chmod(stat.S_IRUSR | stat.S_IXUSR)

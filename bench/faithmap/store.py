@@ -65,7 +65,13 @@ class RunStore:
             RequestError: it cannot be made or written to, or is a folder of something else.
         """
         try:
-            foreign = self.path.is_dir() and any(self.path.iterdir()) and not (self.path / MANIFEST).exists()
+            # A request may lie beside what it makes.
+            held = (
+                [entry for entry in self.path.iterdir() if entry.suffix != ".toml"]
+                if self.path.is_dir()
+                else []
+            )
+            foreign = bool(held) and not (self.path / MANIFEST).exists()
             if foreign and not self.rows_path.is_dir() and not (self.path / LOCK).exists():
                 raise RequestError(
                     f"{self.path} is not empty and holds no run; name another folder with --out, or empty it"
