@@ -18,6 +18,7 @@ import pytest
 from faithmap import conformance, registry
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
+README = DOCS.parent / "README.md"
 GUIDE, PLUGINS = DOCS / "first-method.md", DOCS / "plugins.md"
 
 pytestmark = pytest.mark.skipif(not GUIDE.is_file(), reason="the guides are in the checkout")
@@ -101,9 +102,9 @@ class TestPlugins:
         registry._plugins.clear()
         registry._plugins.update(before)
 
-    def load(self, folder: Path, function: str) -> registry.Plugin:
+    def load(self, folder: Path, function: str, page: Path = PLUGINS) -> registry.Plugin:
         """Load the example that defines a function."""
-        (code,) = [block for block in blocks("python", PLUGINS) if f"def {function}(" in block]
+        (code,) = [block for block in blocks("python", page) if f"def {function}(" in block]
         file = folder / f"{function}.py"
         file.write_text(code, encoding="utf-8")
         (plugin,) = registry.load_file(file)
@@ -112,6 +113,12 @@ class TestPlugins:
     def test_the_explainer(self, tmp_path: Path) -> None:
         results = conformance.check_explainer(self.load(tmp_path, "gradient_norm"), slow=False)
         assert {result.status for result in results} == {"passed"}, conformance.failures(results)
+
+    def test_the_explainer_of_the_readme(self, tmp_path: Path) -> None:
+        results = conformance.check_explainer(self.load(tmp_path, "my_method", README), slow=False)
+        # It is kept to ten lines and declares no costs.
+        assert {r.check for r in results if r.status != "passed"} == {"check_cost"}, results
+        assert not conformance.failures(results)
 
     def test_the_metric(self, tmp_path: Path) -> None:
         results = conformance.check_metric(self.load(tmp_path, "inside_max"))

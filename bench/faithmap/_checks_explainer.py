@@ -255,7 +255,7 @@ def check_frozen(trial: Trial) -> str:
         raise fail(
             f"frozen parameters and torch.no_grad() make {apart}",
             equal_enough(trial, FROZEN_TOLERANCE),
-            "Ask for gradients of the images or features, under torch.enable_grad().",
+            "Ask for gradients of the images or features, not of the parameters.",
         )
     return ""
 

@@ -68,6 +68,8 @@ def bind(
     inner = plugin.make({**params, **(files or {})})
     key = canonical_json([plugin.name, params])
 
+    # Whoever asks may have switched gradients off: a method need not think of it.
+    @torch.enable_grad()
     def call(model: Model, batch: Batch) -> Maps:
         seeded = batch.with_seed_key(key)
         if not plugin.facts.per_image:
