@@ -69,6 +69,15 @@ class TestCheck:
         assert "skipped check_interruption on shapes/resnet: passes no image" in shown
         assert "1 plugin, 17 passed, 1 skipped" in lines[-1]
 
+    def test_only_some_checks(self, typed: Typed) -> None:
+        asked = ("--only", "check_maps,check_batch", "--models", "shapes/resnet")
+        code, shown = typed("check", "centre", *asked)
+        assert code == 0 and "1 plugin, 2 passed" in shown.splitlines()[-1], shown
+        code, shown = typed("check", "pointing-game", "--only", "check_maps")
+        assert code == 2 and "the checks check_maps are not for 'pointing-game'" in shown
+        code, shown = typed("check", "centre", "--only", "check_map")
+        assert code == 2 and "there is no check 'check_map'; did you mean 'check_maps'" in shown
+
     def test_a_file_is_checked_whole(self, typed: Typed, tmp_path: Path) -> None:
         (tmp_path / "bad.py").write_text(BAD)
         code, shown = typed("check", "bad.py", "--quick", "--models", "shapes/resnet")

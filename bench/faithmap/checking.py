@@ -13,7 +13,7 @@ from rich.table import Table
 from faithmap import registry
 from faithmap._checks import DEFAULT_MODELS, ModelSource
 from faithmap.config import parse_spec, split_list, unique
-from faithmap.conformance import Case, Result, Status, cases, failures
+from faithmap.conformance import Case, Result, Status, cases, check_names, failures
 from faithmap.errors import RequestError, nearest
 from faithmap.listing import load_plugins
 from faithmap.models import load_model
@@ -30,7 +30,13 @@ SHORT = {"unexpectedly passed": "passed, unexpectedly"}
 
 
 def check(
-    what: str, models: str | None, plugins: Sequence[Path], quick: bool, console: Console, errors: Console
+    what: str,
+    models: str | None,
+    plugins: Sequence[Path],
+    quick: bool,
+    only: str | None,
+    console: Console,
+    errors: Console,
 ) -> int:
     """Make the checks and print them; 1 where one fails or a plugin file does not load.
 
@@ -39,17 +45,24 @@ def check(
         models: comma list of the models to try explainers on.
         plugins: files to load first.
         quick: leave out the slow checks.
+        only: comma list of the checks to make; plugins of kinds that have none of them are left out.
         console: where tables go.
         errors: where progress goes.
     """
     load_plugins(plugins)
-    found = chosen(what)
+    wanted = named_checks(only)
+    found = [entry for entry in chosen(what) if wanted is None or wanted[entry[0].facts.kind]]
+    if not found:
+        raise RequestError(
+            f"the checks {only} are not for '{what}'; see `faithmap check {what}` for those that are"
+        )
     loaded = load_models(models) if any(plugin.facts.kind == "explainer" for plugin, _ in found) else {}
     started = time.perf_counter()
     results: list[Result] = []
     for plugin, params in found:
         kind: Kind = plugin.facts.kind
-        made = cases(kind, plugin, loaded, params=params, slow=not quick)
+        names = None if wanted is None else wanted[kind]
+        made = cases(kind, plugin, loaded, params=params, only=names, slow=not quick)
         mine = _run(made, errors)
         results += mine
         if len(found) == 1:
@@ -67,6 +80,25 @@ def check(
         highlight=False,
     )
     return 1 if bad or broken else 0
+
+
+def named_checks(only: str | None) -> dict[Kind, list[str]] | None:
+    """The checks asked for, by the kind of plugin that they are for; None where all are.
+
+    Raises:
+        RequestError: no kind has a check of that name, or none is named.
+    """
+    if only is None:
+        return None
+    asked = split_list(only)
+    known = {kind: check_names(kind) for kind in registry.KINDS}
+    everything = sorted({name for names in known.values() for name in names})
+    if not asked:
+        raise RequestError(f"--only is empty; give a comma list of checks: {', '.join(everything)}")
+    for name in asked:
+        if name not in everything:
+            raise RequestError(f"there is no check '{name}'; {nearest(name, everything)}")
+    return {kind: [name for name in asked if name in names] for kind, names in known.items()}
 
 
 def chosen(what: str) -> list[tuple[Plugin, dict[str, object]]]:

@@ -197,12 +197,13 @@ def check(
         str | None, typer.Option(help=f"Models to try explainers on; by default two embedded ones. {Comma}")
     ] = None,
     quick: Annotated[bool, typer.Option("--quick", help="Leave out the slow check of memory.")] = False,
+    only: Annotated[str | None, typer.Option(help="Checks to make, a comma list; by default all.")] = None,
     plugin: Plugins = None,
 ) -> None:
     """Check what every plugin promises; a failure says what to mend."""
     from faithmap import checking
 
-    _exit(checking.check(what, models, plugin or [], quick, OUT, ERR))
+    _exit(checking.check(what, models, plugin or [], quick, only, OUT, ERR))
 
 
 @app.command()
