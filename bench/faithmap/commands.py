@@ -102,6 +102,8 @@ def explain(
         raise RequestError(f"no such image: {image}")
     heatmaps.check_target(out)
     specs = [parse_spec(text) for text in split_list(explainers)]
+    if not specs:
+        raise RequestError("--explainers is empty; give a comma list of names")
     for spec in specs:
         get("explainer", spec.name).check(spec.params)
     model_spec = parse_spec(model)

@@ -17,9 +17,9 @@ import numpy.typing as npt
 import pandas as pd
 
 from faithmap._curves import Curves, mean_curves
-from faithmap.columns import base_score, is_cost, ordered_scores
+from faithmap.columns import base_score, is_cost, is_time, ordered_scores
 from faithmap.errors import FaithmapError, RequestError
-from faithmap.records import REFERENCE_NULL, canonical_json
+from faithmap.records import PRIMARY_SCORE, REFERENCE_NULL, canonical_json
 
 FloatArray = npt.NDArray[np.float64]
 CodeArray = npt.NDArray[np.int8]
@@ -66,9 +66,11 @@ class Evidence:
     moved: Mapping[tuple[str, str], FloatArray]
     #: (S, N): the mean of the reference null's draws; NaN where it was not run.
     null: FloatArray
-    #: Explainer label -> number of images.
+    #: Explainer label -> number of images on which any score failed, or was of an empty map.
     failed: Mapping[str, int]
     empty: Mapping[str, int]
+    #: Explainer label -> number of images on which the score that ranks failed.
+    unranked: Mapping[str, int]
     #: Explainer label -> why it was not run on this model, where that is so.
     skipped: Mapping[str, str]
     #: Score -> whether its values are 0 and 100 (or 0 and 1) throughout; the value of a hit.
@@ -76,6 +78,8 @@ class Evidence:
     #: (N,) class indices, NaN where unknown.
     labels: FloatArray
     predicted: FloatArray
+    #: (Label, time) -> every timing (T,) in milliseconds, where the rows keep them.
+    timings: Mapping[tuple[str, str], FloatArray] = field(repr=False, default_factory=dict)
     #: Mean perturbation curves, for the figures.
     curves: Curves = field(repr=False, default_factory=Curves)
     manifest: Mapping[str, Any] = field(repr=False, default_factory=dict)
@@ -189,6 +193,7 @@ def _cell(model: str, dataset: str, table: pd.DataFrame, manifest: Mapping[str, 
         if key[1] and key[0] in own
     }
     judged = np.array([not is_cost(score) for score in scores], bool)
+    ranking = np.array([score == PRIMARY_SCORE for score in scores], bool)
     facts = manifest.get("datasets", {}).get(dataset, {})
     asked = facts.get("images")
     return Evidence(
@@ -202,14 +207,30 @@ def _cell(model: str, dataset: str, table: pd.DataFrame, manifest: Mapping[str, 
         null=null,
         failed={label: _images_with(maps, FAILED, judged) for label, maps in own.items()},
         empty={label: _images_with(maps, EMPTY, judged) for label, maps in own.items()},
+        unranked={label: _images_with(maps, FAILED, ranking) for label, maps in own.items()},
         skipped={label: maps.skip_reason or "not defined here" for label, maps in own.items()
                  if maps.status.size == 0 or np.isin(maps.status, (SKIPPED, ABSENT)).all()},
         hit_value=_hit_values(scores, own),
         labels=_per_image(scored, "label", images),
         predicted=_per_image(scored, "predicted", images),
+        timings=_timings(scored),
         curves=mean_curves(scored, images, list(own), reference),
         manifest=manifest,
     )  # fmt: skip
+
+
+def _timings(scored: pd.DataFrame) -> dict[tuple[str, str], FloatArray]:
+    """All repetitions of each line's times; a row holds its median and, as its curve, all of them."""
+    if "curve" not in scored.columns:
+        return {}
+    times = [score for score in scored["metric"].unique() if is_time(score)]
+    timed = scored[scored["metric"].isin(times) & (scored["status"] == "ok") & (scored["null"] == "")]
+    has = np.array([hasattr(curve, "__len__") and len(curve) > 0 for curve in timed["curve"]], bool)
+    kept = timed[has]
+    return {
+        (str(line), str(score)): snap(np.concatenate([np.asarray(c, np.float64) for c in group["curve"]]))
+        for (line, score), group in kept.groupby(["line", "metric"], sort=True)
+    }
 
 
 def _planes(

@@ -58,7 +58,8 @@ def read_runs(paths: Sequence[str | Path]) -> tuple[pd.DataFrame, dict[str, Any]
     """Rows and one manifest of several runs that may stand on one board.
 
     Raises:
-        RequestError: two of them differ in seed, precision, map grid, target or weights.
+        RequestError: two of them differ in seed, precision, map grid, target or weights, or hold
+            other images of one dataset.
     """
     import pandas as pd
 
@@ -77,6 +78,7 @@ def read_runs(paths: Sequence[str | Path]) -> tuple[pd.DataFrame, dict[str, Any]
         }
         merged["verdicts"] = {**merged.get("verdicts", {}), **other.get("verdicts", {})}
         merged["cells"] = list(dict.fromkeys([*merged["cells"], *other["cells"]]))
+    _refuse_other_images(paths, [rows for rows, _ in read])
     rows = pd.concat([rows for rows, _ in read], ignore_index=True)
     return rows.drop_duplicates(KEY_COLUMNS).sort_values(
         KEY_COLUMNS, kind="stable", ignore_index=True
@@ -93,6 +95,20 @@ def _refuse_mixture(first: Mapping[str, Any], other: Mapping[str, Any], path: st
     for name, weights in other["identity"]["weights"].items():
         if first["identity"]["weights"].get(name, weights) != weights:
             raise RequestError(f"{path} was run with other weights of model '{name}'; write a board for each")
+
+
+def _refuse_other_images(paths: Sequence[str | Path], tables: Sequence[pd.DataFrame]) -> None:
+    """Methods are compared on the same images: another limit, part or folder makes another board."""
+    seen: dict[str, tuple[str | Path, set[str]]] = {}
+    for path, rows in zip(paths, tables, strict=True):
+        for dataset, ids in rows.groupby("dataset", observed=True)["image_id"]:
+            first, known = seen.setdefault(str(dataset), (path, set(ids)))
+            if known != set(ids):
+                raise RequestError(
+                    f"{path} holds {len(set(ids))} images of '{dataset}', {first} {len(known)}, of which "
+                    f"{len(known & set(ids))} are the same; run both with one limit and part, or write a "
+                    "board for each"
+                )
 
 
 def publish(rows: pd.DataFrame, manifest: Mapping[str, Any], out: Path) -> None:

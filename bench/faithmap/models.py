@@ -103,6 +103,8 @@ class Model(nn.Module):
         size = (input_size, input_size) if isinstance(input_size, int) else tuple(input_size)
         if len(size) != 2 or min(size) < 1:
             raise RequestError(f"input_size is {input_size!r}; expected a side in pixels or (height, width)")
+        if not 0 < crop_pct <= 1:
+            raise RequestError(f"crop_pct is {crop_pct!r}; expected a share above 0, up to 1")
         self.transform = Transform((int(size[0]), int(size[1])), crop_pct, interpolation, crop_mode)
         self.mean: Tensor
         self.std: Tensor
@@ -249,9 +251,13 @@ class Model(nn.Module):
 
 
 def _per_channel(what: str, values: float | Sequence[float]) -> Tensor:
-    tensor = torch.as_tensor(values, dtype=torch.float32).flatten()
-    if tensor.numel() not in (1, 3):
-        raise RequestError(f"{what} is {values!r}; expected one number or one for each of R, G, B")
+    wrong = RequestError(f"{what} is {values!r}; expected one number or one for each of R, G, B")
+    try:
+        tensor = torch.as_tensor(values, dtype=torch.float32).flatten()
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise wrong from error
+    if tensor.numel() not in (1, 3) or not bool(torch.isfinite(tensor).all()):
+        raise wrong
     return tensor.expand(3).clone().view(1, 3, 1, 1)
 
 

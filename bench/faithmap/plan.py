@@ -8,12 +8,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from faithmap.batch import Batch, Maps
 from faithmap.config import Config, located, located_files
 from faithmap.data import LoadedDataset, choose, load_dataset
 from faithmap.errors import RequestError
 from faithmap.explaining import bind, lacking, undefined
 from faithmap.models import Model, load_model
+from faithmap.perturb import make_fill
 from faithmap.records import REFERENCE_NULL, Cell, Sample, Spec, canonical_json, digest
 from faithmap.registry import Plugin, get, plugins
 from faithmap.scoring import Heading, MetricUse, use_metric
@@ -114,6 +117,9 @@ def _explainers(config: Config) -> tuple[ExplainerUse, ...]:
 def _metrics(config: Config) -> tuple[MetricUse, ...]:
     specs = config.metrics or tuple(Spec(plugin.name) for plugin in plugins("metric"))
     uses = tuple(use_metric(spec) for spec in specs)
+    for use in uses:
+        if isinstance(fill := use.params.get("fill"), str):
+            make_fill(fill, torch.zeros(1, 3, 8, 8))  # raises where there is no such fill
     names = [use.spec for use in uses]
     for name in names:
         if names.count(name) > 1:
@@ -135,6 +141,8 @@ def plan_tasks(grid: Grid, model: Model, dataset: LoadedDataset) -> list[Task]:
     served = tuple(use for use in grid.metrics if not lacking(use.facts.needs, dataset.gives))
     for use in grid.explainers:
         skip = undefined(use.plugin, model, dataset.gives)
+        if not skip and isinstance(layer := use.params.get("layer"), str):
+            model.layer(layer)  # raises where there is none, before anything is computed
         if use.plugin.facts.role == "null":
             for draw in range(grid.config.run.null_draws):
                 tasks.append(_task(grid, model, dataset, use, served, skip, {"draw": draw}))

@@ -81,8 +81,9 @@ def status_of(cell: Evidence, label: str) -> str:
         return "not ranked: no rows"
     if not cell.manifest.get("explainers", {}).get(label, {}).get("reliable", True):
         return "not ranked: unreliable"
-    if cell.failed[label] > FAILED_LIMIT * cell.n:
-        return f"not ranked: {100 * cell.failed[label] / max(cell.n, 1):.1f}% failed"
+    # Another metric that fails costs its own column, not the rank.
+    if cell.unranked[label] > FAILED_LIMIT * cell.n:
+        return f"not ranked: {100 * cell.unranked[label] / max(cell.n, 1):.1f}% failed"
     missing = cell.n - int(np.isfinite(cell.score(label, PRIMARY_SCORE)).sum())
     if missing > FAILED_LIMIT * cell.n or missing == cell.n:
         return f"not ranked: {PRIMARY_SCORE} missing on {missing} of {cell.n} images"
@@ -174,7 +175,8 @@ def _add_estimates(
             if not data.size:
                 continue
             if is_time(score):
-                _put(lines[label], column, *np.quantile(data, [0.5, 0.25, 0.75]).tolist())
+                timings = cell.timings.get((label, score), data)
+                _put(lines[label], column, *np.quantile(timings, [0.5, 0.25, 0.75]).tolist())
             elif base_score(score) == "peak_mb":
                 lines[label][column] = float(data.max())
             elif score in cell.hit_value:
