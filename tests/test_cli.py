@@ -146,6 +146,7 @@ def test_explain_draws_a_figure(photo: Path, typed) -> None:  # type: ignore[no-
         (("--target", "8"), "--target 8 is out of range; the model has 8 classes"),
         (("--explainers", "gradcan"), "did you mean 'gradcam'"),
         (("--explainers", "oracle"), "explainer 'oracle': needs"),
+        (("--explainers", ""), "--explainers is empty"),
         (("--model", "shapes/resnt"), "did you mean 'resnet'"),
         (("--out", "maps.gif"), "no suffix of a figure"),
         (("--out", "nowhere/maps.png"), "does not exist"),

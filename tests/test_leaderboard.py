@@ -124,6 +124,16 @@ class TestCells:
         measured = [found["ms_per_image"], found["ms_per_image_low"], found["ms_per_image_high"]]
         assert measured == pytest.approx(expected, abs=1e-5)
 
+    def test_times_with_all_repetitions_show_their_quartiles(self, rows: pd.DataFrame) -> None:
+        where = (rows.explainer == "scan") & (rows.metric == "ms_per_image")
+        readings = [[float(value), 2.0 * float(value), 4.0 * float(value)] for value in rows[where]["value"]]
+        kept = rows.assign(curve=rows["curve"].astype(object) if "curve" in rows else None)
+        kept.loc[where, "curve"] = pd.Series(readings, index=kept.index[where])
+        found = line(leaderboard.build_board(kept, slow_rows.manifest(images=N)), "scan")
+        expected = np.quantile(np.ravel(readings), [0.5, 0.25, 0.75])
+        measured = [found["ms_per_image"], found["ms_per_image_low"], found["ms_per_image_high"]]
+        assert measured == pytest.approx(expected.tolist(), abs=1e-5)
+
     def test_peak_memory_is_the_largest(self, rows: pd.DataFrame, board: pd.DataFrame) -> None:
         assert line(board, "scan")["peak_mb"] == values(rows, "scan", "peak_mb").max()
 
@@ -217,6 +227,14 @@ class TestStatus:
         assert pd.isna(found["rank"])
         assert found["auc_d"] > 0
         assert sorted(board["rank"].dropna()) == [1, 2, 3]
+
+    def test_another_metric_that_fails_costs_no_rank(self, rows: pd.DataFrame, board: pd.DataFrame) -> None:
+        where = rows.metric == "energy_pg"
+        broken = changed(rows, where, value=np.nan, status="failed", reason="it broke")
+        found = leaderboard.build_board(broken, slow_rows.manifest(images=N))
+        assert line(found, "scan")["failed"] == N
+        for name in ("rank", "rank_low", "rank_high"):
+            pd.testing.assert_series_equal(found[name], board[name])
 
     def test_a_nan_that_claims_to_be_ok_is_a_failure(self, rows: pd.DataFrame) -> None:
         where = (rows.explainer == "scan") & (rows.metric == "auc_d") & (rows.image_id == "img00001")

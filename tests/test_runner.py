@@ -243,6 +243,16 @@ def test_other_weights_of_one_model_are_refused(place: Path) -> None:
         faithmap.run(config, models=[second], out=place / "run", figures=False)
 
 
+def test_boards_of_other_images_are_not_joined(place: Path) -> None:
+    from faithmap.folders import read_runs
+
+    whole = load_config(place / "small.toml").with_lists(explainers=["gradcam"], metrics=["drop"])
+    faithmap.run(whole, out=place / "twelve", figures=False)
+    faithmap.run(whole.with_run(limit=4), out=place / "four", figures=False)
+    with pytest.raises(RequestError, match=r"four holds 4 images of 'squares', .*twelve 12, of which 4"):
+        read_runs([place / "twelve", place / "four"])
+
+
 def test_a_broken_image_is_a_row_and_the_rest_is_scored(place: Path) -> None:
     text = (place / "small.toml").read_text().replace('name = "squares"', 'name = "squares"\nbroken = 3')
     (place / "broken.toml").write_text(text.replace("limit = 12", "limit = 24"))
@@ -331,6 +341,10 @@ def test_a_users_own_network_by_file_and_by_object(place: Path) -> None:
         (("--models", "timm/test_resnet[weights=none.safetensors]"), "no weights file at none.safetensors"),
         (("--models", "timm/test_resnet[pretrained=false,layr=x]"), "did you mean 'layer'"),
         (("--models", "timm/test_resnet[pretrained=false,layer=nope]"), "has no layer 'nope'"),
+        (("--models", "timm/test_resnet[pretrained=false,mean=grey]"), "mean is 'grey'; expected one number"),
+        (("--models", "timm/test_resnet[pretrained=false,crop_pct=0]"), "crop_pct is 0; expected a share"),
+        (("--explainers", "gradcam[layer=nope]"), "has no layer 'nope'"),
+        (("--metrics", "perturbation[fill=pink]"), "unknown fill 'pink'"),
         (("--limit", "0"), "at least 1"),
         (("--limit", "few"), "'--limit'"),
         (("--part", "test"), "expected one of eval, dev, all"),
