@@ -236,7 +236,7 @@ def check_settings(trial: Trial) -> None:
         raise fail(
             f"changed by the call: {listed(changed)}",
             "torch's settings as before",
-            "Use a context manager, such as torch.enable_grad() or torch.no_grad().",
+            "Read the setting beforehand and put it back in a finally block, or use a context manager.",
         )
 
 
