@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import importlib
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
 
 import faithmap  # noqa: F401  (mends torchvision's operators before anything imports it)
+from faithmap import registry
 from faithmap.batch import Batch
 from faithmap.context import Context
+from faithmap.explaining import bind
 from faithmap.models import Model
 
 SIDE = 32
@@ -62,6 +67,43 @@ def make_batch(model: Model, count: int = 4, seed: int = 1, grid: tuple[int, int
         boxes=[torch.tensor([[6.0, 4.0, 20.0, 16.0]]) for _ in range(count)],
         grid=grid if grid is not None else model.grid,
     )
+
+
+def explain(name: str, model: Model, batch: Batch, **params: Any) -> torch.Tensor:
+    """Maps of an explainer with parameters over its defaults, as the core calls it."""
+    plugin = registry.get("explainer", name)
+    return bind(plugin, plugin.check(params))(model, batch)
+
+
+def inside(name: str) -> Any:
+    """The module that holds a plugin, for its inner parts."""
+    return importlib.import_module(registry.get("explainer", name).target.__module__)
+
+
+def batch_of(model: Model, count: int = 2, seed: int = 3) -> Batch:
+    """Seeded images, of the classes 0, 1, ..."""
+    generator = torch.Generator().manual_seed(seed)
+    images = torch.rand(count, 3, *model.input_size, generator=generator).to(model.mean.dtype)
+    return Batch(images, torch.arange(count), tuple("abcdef"[:count]), Context(model, images))
+
+
+def make_linear(side: int = 8, classes: int = 4) -> Model:
+    """Logits linear in the pixels: every gradient is known."""
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Flatten(), nn.Linear(3 * side * side, classes))
+    return Model(module, mean=(0.4, 0.5, 0.6), std=(0.2, 0.25, 0.5), input_size=side, name="linear")
+
+
+def pixel_weights(model: Model) -> torch.Tensor:
+    """(classes, 3, H, W): gradients of a linear model's logits with respect to pixels."""
+    side = model.input_size[0]
+    return model.module[1].weight.detach().view(-1, 3, side, side) / model.std
+
+
+def some_batch(model: Model, count: int = 3) -> Batch:
+    """Seeded images of any model, of the classes 0, 1, ..."""
+    images = torch.rand(count, 3, *model.input_size, generator=torch.Generator().manual_seed(5))
+    return Batch(images, torch.arange(count), tuple("abcdef"[:count]), Context(model, images))
 
 
 @pytest.fixture

@@ -9,14 +9,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from conftest import explain
 from torch import nn
 
 import slow_explainers
-from faithmap import cam, registry
+from faithmap import cam
 from faithmap.batch import Batch
 from faithmap.context import Context
 from faithmap.errors import RequestError
-from faithmap.explaining import bind
 from faithmap.models import Model
 
 GRADIENT_CAMS = ("gradcam", "gradcam++", "xgradcam", "layercam")
@@ -27,11 +27,6 @@ LIBRARY = {
     "layercam": ("layer_cam", "LayerCAM"),
     "scorecam": ("score_cam", "ScoreCAM"),
 }
-
-
-def explain(name: str, model: Model, batch: Batch, **params: Any) -> torch.Tensor:
-    plugin = registry.get("explainer", name)
-    return bind(plugin, plugin.check(params))(model, batch)
 
 
 def cold(model: Model, batch: Batch) -> Batch:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import make_batch
+from conftest import batch_of, explain, inside, make_batch
 from torch import nn
 
 import slow_cams
@@ -21,27 +21,9 @@ from faithmap import perturb, registry
 from faithmap.batch import Batch
 from faithmap.context import Context
 from faithmap.errors import RequestError
-from faithmap.explaining import bind
 from faithmap.models import Model
 
 FAMILY = ("hirescam", "eigencam", "ablationcam", "fullgrad", "guided-gradcam", "augmented-gradcam++")
-
-
-def explain(name: str, model: Model, batch: Batch, **params: Any) -> torch.Tensor:
-    plugin = registry.get("explainer", name)
-    return bind(plugin, plugin.check(params))(model, batch)
-
-
-def inside(name: str) -> Any:
-    """The module that holds a plugin, for its inner parts."""
-    return importlib.import_module(registry.get("explainer", name).target.__module__)
-
-
-def batch_of(model: Model, count: int = 2, seed: int = 3) -> Batch:
-    """Seeded images, of the classes 0, 1, ..."""
-    generator = torch.Generator().manual_seed(seed)
-    images = torch.rand(count, 3, *model.input_size, generator=generator).to(model.mean.dtype)
-    return Batch(images, torch.arange(count), tuple("abcdef"[:count]), Context(model, images))
 
 
 class TestHiResCAM:

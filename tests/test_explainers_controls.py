@@ -3,24 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from conftest import explain
 
 import slow_explainers
 from faithmap import registry
 from faithmap.batch import Batch
 from faithmap.errors import RequestError
-from faithmap.explaining import bind
 from faithmap.models import Model
 from faithmap.resize import reduce_to_grid
-
-
-def explain(name: str, model: Model, batch: Batch, **params: Any) -> torch.Tensor:
-    plugin = registry.get("explainer", name)
-    return bind(plugin, plugin.check(params))(model, batch)
 
 
 @pytest.mark.parametrize(

@@ -8,12 +8,12 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import torch
+from conftest import some_batch
 from torch import nn
 
 import slow_perturbation
 from faithmap import registry
 from faithmap.batch import Batch
-from faithmap.context import Context
 from faithmap.errors import RequestError
 from faithmap.explaining import bind, undefined
 from faithmap.models import Model, load_model
@@ -30,11 +30,6 @@ def reason(model: Model) -> str:
 
 def wrap(module: nn.Module, side: int = 16) -> Model:
     return Model(module, mean=(0.4, 0.5, 0.6), std=(0.2, 0.25, 0.5), input_size=side, name="net")
-
-
-def some_batch(model: Model, count: int = 3) -> Batch:
-    images = torch.rand(count, 3, *model.input_size, generator=torch.Generator().manual_seed(5))
-    return Batch(images, torch.arange(count), tuple("abcdef"[:count]), Context(model, images))
 
 
 def gains(model: Model, batch: Batch, start: torch.Tensor) -> torch.Tensor:

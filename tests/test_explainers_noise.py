@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import nn
+from conftest import make_linear, pixel_weights, some_batch
 
 from faithmap import registry, sampling
 from faithmap.batch import Batch
-from faithmap.context import Context
 from faithmap.errors import RequestError
 from faithmap.explaining import bind
 from faithmap.models import Model
@@ -24,24 +23,6 @@ def seeded(name: str, batch: Batch, **params: object) -> Batch:
     """The batch as the explainer sees it, with its own draws."""
     plugin = registry.get("explainer", name)
     return batch.with_seed_key(canonical_json([name, plugin.check(params)]))
-
-
-def make_linear(side: int = 8, classes: int = 4) -> Model:
-    """Logits linear in the pixels: every gradient is known."""
-    torch.manual_seed(0)
-    module = nn.Sequential(nn.Flatten(), nn.Linear(3 * side * side, classes))
-    return Model(module, mean=(0.4, 0.5, 0.6), std=(0.2, 0.25, 0.5), input_size=side, name="linear")
-
-
-def pixel_weights(model: Model) -> torch.Tensor:
-    """(classes, 3, H, W): gradients of a linear model's logits with respect to pixels."""
-    side = model.input_size[0]
-    return model.module[1].weight.detach().view(-1, 3, side, side) / model.std
-
-
-def some_batch(model: Model, count: int = 3) -> Batch:
-    images = torch.rand(count, 3, *model.input_size, generator=torch.Generator().manual_seed(5))
-    return Batch(images, torch.arange(count), tuple("abcdef"[:count]), Context(model, images))
 
 
 def gradient(model: Model, point: torch.Tensor, target: int) -> torch.Tensor:
