@@ -93,14 +93,21 @@ def check_maps(trial: Trial) -> None:
         )
 
 
-def check_same_seed(trial: Trial) -> None:
-    """The same images and the same seed give the same maps, to the bit."""
+def check_same_seed(trial: Trial) -> str:
+    """The same images and the same seed give the same maps, to the bit.
+
+    Some kernels of a CPU round by where a tensor lies in memory, and the steps of an iterative method
+    let that grow: to such a method a hundred-thousandth of the range is allowed, and noted.
+    """
     one, two = trial.maps(), trial.maps(trial.again, "at a second call")
     if not same_bits(one, two):
         gap = float((one - two).abs().nan_to_num().max()) / (spread(one) or 1.0)
+        if trial.plugin.facts.iterative and gap <= FROZEN_TOLERANCE:
+            return f"two calls differ by {100 * gap:.3g}% of the maps' range, by rounding (iterative=True)"
         raise fail(
             f"two calls with one seed differ by {100 * gap:.3g}% of the maps' range", "the same maps", SEEDING
         )
+    return ""
 
 
 def check_batch(trial: Trial) -> str:
