@@ -29,7 +29,6 @@ def _forwards(model: Model, params: Mapping[str, Any]) -> float:
 @explainer(
     version=1, source="Schulz et al. 2020 (arXiv:2001.00396), sec. 3.1, eq. 2, 5, 6",
     forwards=_forwards, backwards=_passes, check_params={"iterations": 4, "samples": 3, "beta": 0.1},
-    iterative=True,
 )  # fmt: skip
 def iba(
     model: Model,

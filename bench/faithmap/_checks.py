@@ -31,6 +31,8 @@ ModelSource = str | Model | Callable[[], Model]
 DEFAULT_MODELS = ("shapes/resnet", "shapes/vit")
 #: Largest difference between maps that should be equal, as a share of the map's range.
 TOLERANCE = 1e-4
+#: What rounding may part two equal calls by, as a share of the map's range.
+ROUNDING = 1e-5
 #: Least rank correlation between maps of an iterative method that should be equal.
 CORRELATION = 0.999
 #: Megabytes that a process may grow by in the calls that are watched.
