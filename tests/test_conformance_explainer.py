@@ -264,7 +264,9 @@ def test_growth_is_told() -> None:
 
 
 def test_every_check_has_a_method_that_breaks_it() -> None:
-    assert {case[0] for case in BROKEN} | {"check_memory"} == set(conformance.check_names("explainer"))
+    # Fits are broken in test_fitting.py.
+    elsewhere = {"check_memory", "check_fit", "check_resume"}
+    assert {case[0] for case in BROKEN} | elsewhere == set(conformance.check_names("explainer"))
 
 
 def test_parameters_need_defaults_and_a_star() -> None:

@@ -21,6 +21,7 @@ from faithmap._checks import (
     listed,
     tripwire,
 )
+from faithmap._checks_fit import check_fit, check_fit_facts, check_resume
 from faithmap._trial import (
     IMAGES,
     Trial,
@@ -52,12 +53,14 @@ def check_facts(trial: Trial) -> None:
     check_common_facts(trial.plugin)
     parameters = inspect.signature(trial.plugin.target).parameters.values()
     positional = [p.name for p in parameters if p.kind is not inspect.Parameter.KEYWORD_ONLY]
-    if not inspect.isclass(trial.plugin.target) and len(positional) != 2:
+    is_class = inspect.isclass(trial.plugin.target)
+    if len(positional) != (0 if is_class else 2):
         raise fail(
             f"the signature takes {', '.join(positional) or 'nothing'} by position",
-            "(model, batch, *, parameters)",
+            "(*, parameters)" if is_class else "(model, batch, *, parameters)",
             "Put a * before the parameters and give each a default.",
         )
+    check_fit_facts(trial.plugin)
 
 
 def check_maps(trial: Trial) -> None:
@@ -376,7 +379,7 @@ def check_memory(trial: Trial) -> None:
     trial.maps()
     model = trial.fresh()
     image = trial.batch(model, [0])
-    call = bind(trial.plugin, dict(trial.params))
+    call = bind(trial.plugin, dict(trial.params), fit=trial.fit)
     with isolated():
         grown = growth_mb(lambda: call(model, image.select([0])))
         if grown is not None and grown >= GROWTH_MB:
@@ -398,7 +401,7 @@ PLUGIN_CHECKS: tuple[Check, ...] = (check_facts,)
 MODEL_CHECKS: tuple[Check, ...] = (
     check_maps, check_same_seed, check_batch, check_target, check_inputs, check_weights, check_gradients,
     check_flags, check_hooks, check_random_state, check_settings, check_frozen, check_bf16, check_sizes,
-    check_warnings, check_cost, check_interruption, check_memory,
+    check_warnings, check_cost, check_interruption, check_fit, check_resume, check_memory,
 )  # fmt: skip
 #: Those that take long.
 SLOW_CHECKS: tuple[Check, ...] = (check_memory,)

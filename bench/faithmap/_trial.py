@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from typing import Any
@@ -24,14 +24,18 @@ from faithmap._checks import (
     Seen,
     build,
     fail,
+    isolated,
     make_batch,
     watch,
 )
 from faithmap.batch import Batch
 from faithmap.errors import RequestError
 from faithmap.explaining import bind, undefined
+from faithmap.fitting import Fit, wants_fit
 from faithmap.models import Model, Transform
+from faithmap.records import Sample
 from faithmap.registry import Plugin
+from faithmap.training import TrainingData, fit_in_memory
 
 IMAGES = 3
 GIVES = frozenset({"label", "mask", "box"})
@@ -72,8 +76,6 @@ class Trial:
     @cached_property
     def reason(self) -> str:
         """Why the explainer cannot be tried on the model; empty where it can."""
-        if inspect.isclass(self.plugin.target):
-            return "a class, which must be fitted before it explains"
         try:
             return undefined(self.plugin, self.original, GIVES)
         except Exception as error:
@@ -81,6 +83,17 @@ class Trial:
                 f"defined_for raises {type(error).__name__}: {error}; expected a reason or None. It is asked "
                 "about every model, so it must not count on what some models lack."
             ) from error
+
+    @cached_property
+    def fit(self) -> Fit | None:
+        """What an explainer that must be fitted has learnt from the trial's images; None for others."""
+        plugin, params = self.plugin, dict(self.params)
+        if not wants_fit(plugin, params):
+            return None
+        model = copy.deepcopy(self.original).requires_grad_(True)
+        data = TrainingData(samples_of(make_batch(model, 2 * IMAGES)), model, seed=0)
+        with isolated(), torch.enable_grad():
+            return fit_in_memory(plugin, params, model, data, **plugin.facts.check_fit)
 
     def require_defined(self) -> None:
         """Skip a check where the explainer is not defined."""
@@ -93,13 +106,11 @@ class Trial:
 
         types: list[torch.dtype] = []  # before the core converts them
 
-        @functools.wraps(self.plugin.target)
-        def noting(*args: Any, **kwargs: Any) -> Any:
-            returned = self.plugin.target(*args, **kwargs)
+        def note(returned: Any) -> Any:
             types.extend([returned.dtype] if isinstance(returned, Tensor) else [])
             return returned
 
-        call = bind(replace(self.plugin, target=noting), dict(self.params))
+        call = bind(_noting(self.plugin, note), dict(self.params), fit=self.fit)
         seen = watch(lambda: call(model, batch), model, batch, gradients=gradients)
         return replace(seen, dtype=types[0] if types else None)
 
@@ -182,6 +193,33 @@ class Trial:
         if not same_bits(maps, again) and gap > ROUNDING * spread(maps):
             raise CheckSkipped("not tried: maps differ from call to call, see check_same_seed")
         return maps
+
+
+def _noting(plugin: Plugin, note: Callable[[Any], Any]) -> Plugin:
+    """The plugin, with whatever it returns shown to a function first."""
+    target: Any = plugin.target
+    if inspect.isclass(target):
+        called = target.__call__
+
+        def __call__(self: Any, *args: Any) -> Any:  # noqa: N807
+            return note(called(self, *args))
+
+        return replace(plugin, target=type(target.__name__, (target,), {"__call__": __call__}))
+
+    @functools.wraps(target)
+    def noting(*args: Any, **kwargs: Any) -> Any:
+        return note(target(*args, **kwargs))
+
+    return replace(plugin, target=noting)
+
+
+def samples_of(batch: Batch) -> list[Sample]:
+    """The images of a batch as a dataset gives them."""
+    labels = batch.predicted.tolist()
+    return [
+        Sample(id=name, image=image.cpu(), label=label)
+        for name, image, label in zip(batch.ids, batch.images, labels, strict=True)
+    ]
 
 
 def same_bits(one: Tensor, two: Tensor) -> bool:

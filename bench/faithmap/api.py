@@ -13,6 +13,7 @@ from faithmap.config import parse_spec, split_list
 from faithmap.context import Context
 from faithmap.errors import FaithmapError, RequestError
 from faithmap.explaining import MapSet, bind, explain_batch, judge, lacking, undefined
+from faithmap.fitting import advice, find, wants_fit
 from faithmap.models import Model, load_model
 from faithmap.records import Spec
 from faithmap.registry import get, plugins
@@ -53,10 +54,13 @@ def explain(
     plugin = get("explainer", explainer)
     checked = plugin.check(params)
     batch = _batch(network, images, targets, seed=seed)
-    reason = undefined(plugin, network, set())
+    reason, fit = undefined(plugin, network, set()), None
+    if not reason and wants_fit(plugin, checked):
+        fit = find(plugin, checked, network)
+        reason = "" if fit else advice(plugin, checked, network)
     if reason:
         raise RequestError(f"explainer '{explainer}': {reason}")
-    found = explain_batch(bind(plugin, checked), network, batch)
+    found = explain_batch(bind(plugin, checked, fit=fit), network, batch)
     for i, status in enumerate(found.status):
         if status == "failed":
             raise FaithmapError(f"explainer '{explainer}' failed on image {i}: {found.reasons[i]}")

@@ -1,4 +1,4 @@
-"""The command line: `faithmap run`, `leaderboard`, `list`, `explain`, `check`, `new`, `status`, `doctor`.
+"""The command line: `faithmap run`, `leaderboard`, `list`, `explain`, `train`, `check`, `new`, and more.
 
 Exit codes: 0 done; 1 something failed (listed, with reasons); 2 the request was wrong (one
 sentence, no traceback); 130 interrupted (run the same command again to go on).
@@ -183,6 +183,44 @@ def explain(
 
     listing.load_plugins(plugin or [])
     _exit(commands.explain(image, model, explainers, target, out, device, seed, OUT))
+
+
+@app.command()
+def train(
+    explainer: Annotated[
+        str, typer.Argument(metavar="EXPLAINER", help="An explainer that is fitted; parameters in brackets.")
+    ],
+    model: Annotated[str, typer.Option(help="A model's name, as in --request or with parameters.")],
+    dataset: Annotated[str, typer.Option(help="The images to learn from, likewise.")],
+    request: Annotated[
+        Path | None, typer.Option(help="A TOML file whose models and datasets are meant by their names.")
+    ] = None,
+    option: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="An option of the fit.")
+    ] = None,
+    part: Annotated[str, typer.Option(help="eval, dev or all.")] = "all",
+    limit: Annotated[int | None, typer.Option(help="Images, balanced over the classes.")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of everything that is drawn.")] = 0,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps.")] = "auto",
+    precision: Annotated[str, typer.Option(help="fp32 or bf16.")] = "fp32",
+    threads: Annotated[int | None, typer.Option(help="Threads on a CPU; by default every core.")] = None,
+    workers: Annotated[
+        int, typer.Option(help="Processes that read images; 0 reads them here and keeps them.")
+    ] = 0,
+    out: Annotated[Path | None, typer.Option(help="Folder of the fit; by default the user's.")] = None,
+    half: Annotated[bool, typer.Option("--half", help="Keep the fit in half precision.")] = False,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Begin anew, whatever there is.")] = False,
+    plugin: Plugins = None,
+) -> None:
+    """Fit an explainer to a model; `faithmap run` finds the fit. The same command goes on after a kill."""
+    from faithmap import commands, listing
+
+    listing.load_plugins(plugin or [])
+    asked = commands.training(
+        explainer, model, dataset, request, option or [], part=part, limit=limit, seed=seed,
+        device=device, precision=precision, threads=threads, workers=workers,
+    )  # fmt: skip
+    _exit(commands.train(asked, OUT, ERR, out=out, half=half, fresh=fresh))
 
 
 @app.command()

@@ -20,7 +20,12 @@ CALIBRATED_SCORES = ("auc_d", "neg_auc", "pos_auc", "average_drop", "increase", 
 #: The columns that place a line.
 PLACE = ("rank", "rank_low", "rank_high", "tied_with", "status")
 #: Scores derived on the board from several rows, and the score after which each one stands.
-DERIVED_AFTER = {"win_share": "average_drop", "energy_pg_corrected": "energy_pg"}
+DERIVED_AFTER = {
+    "win_share": "average_drop", "energy_pg_corrected": "energy_pg", "fit_images": "backwards",
+    "fit_seconds": "backwards", "params_added": "backwards",
+}  # fmt: skip
+#: What fitting an explainer took, from the record of its fit.
+FIT_COSTS = ("fit_images", "fit_seconds", "params_added")
 #: The null that a method's own maps become -> the column of images on which the method beats it.
 BEATS = {"swapped": "beats_swapped", "rolled": "beats_rolled"}
 
@@ -32,7 +37,7 @@ _DIRECTIONS: dict[str, Direction] = {
     "beats_rolled": "higher", "ms_per_image": "lower", "forwards": "lower", "backwards": "lower",
     "peak_mb": "lower",
 }  # fmt: skip
-_COST = {"forwards", "backwards", "peak_mb", "fit_images", "fit_seconds", "params_added"}
+_COST = {"forwards", "backwards", "peak_mb", *FIT_COSTS}
 _FILLS = {"black", "mean", "blur", "noisy-linear"}
 
 

@@ -1,4 +1,4 @@
-"""What `faithmap run` and `faithmap explain` do, behind their flags."""
+"""What `faithmap run`, `faithmap train` and `faithmap explain` do, behind their flags."""
 
 from __future__ import annotations
 
@@ -6,13 +6,17 @@ import os
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
 from faithmap.config import Config, load_config, parse_spec, split_list
-from faithmap.errors import RequestError
+from faithmap.errors import RequestError, nearest
 from faithmap.listing import load_plugins
+from faithmap.records import Spec
+
+if TYPE_CHECKING:
+    from faithmap.training import Training
 
 
 def request(
@@ -76,6 +80,94 @@ def dry_run(config: Config, console: Console) -> int:
         highlight=False,
         soft_wrap=True,
     )
+    return 0
+
+
+def training(
+    explainer: str,
+    model: str,
+    dataset: str,
+    request: Path | None,
+    options: Sequence[str],
+    *,
+    part: str,
+    limit: int | None,
+    seed: int,
+    device: str,
+    precision: str,
+    threads: int | None,
+    workers: int,
+) -> Training:
+    """Turn the flags of `faithmap train` into a checked request, its model on the device."""
+    import torch
+
+    from faithmap.config import RunSettings, parse_option
+    from faithmap.data import check_labels, choose, load_dataset
+    from faithmap.explaining import undefined
+    from faithmap.plan import load_named
+    from faithmap.registry import get
+    from faithmap.runner import resolve_device, usable_cores
+    from faithmap.training import Training, fit_options
+
+    given = {"part": part, "limit": limit, "seed": seed, "device": device, "precision": precision}
+    settings = load_config(None).with_run(**given).run
+    assert isinstance(settings, RunSettings)
+    if workers < 0 or (threads is not None and threads < 1):
+        raise RequestError(f"--workers {workers}, --threads {threads}: expected 0 or more, and 1 or more")
+    spec = parse_spec(explainer)
+    plugin = get("explainer", spec.name)
+    params = plugin.check(spec.params)
+    checked = fit_options(plugin, dict(parse_option(text) for text in options))
+    torch.set_num_threads(threads or usable_cores())
+    network = load_named(_of_request(request, "models", model))
+    reason = undefined(plugin, network, frozenset({"label", "mask", "box"}))
+    if reason:
+        raise RequestError(f"explainer '{plugin.name}': {reason}")
+    images = load_dataset(_of_request(request, "datasets", dataset))
+    samples = choose(images.samples, settings.part, settings.limit)
+    check_labels(images, samples, network)
+    network.to(resolve_device(settings.device)).eval()
+    return Training(
+        plugin, params, network, images, samples, checked, settings.part, settings.limit, settings.seed,
+        settings.precision, workers,
+    )  # fmt: skip
+
+
+def _of_request(request: Path | None, kind: str, name: str) -> Spec:
+    """A model or dataset as a TOML file names it, else as it is written."""
+    if request is None:
+        return parse_spec(name)
+    specs = getattr(load_config(str(request)), kind)
+    for spec in specs:
+        if spec.title == name:
+            found: Spec = spec
+            return found
+    raise RequestError(
+        f"{request} names no {kind[:-1]} '{name}'; {nearest(name, [spec.title for spec in specs])}"
+    )
+
+
+def train(
+    asked: Training, console: Console, errors: Console, *, out: Path | None, half: bool, fresh: bool
+) -> int:
+    """Fit, and say where the fit lies and how it is used."""
+    from faithmap import progress
+    from faithmap import training as fits
+
+    started = time.monotonic()
+    made = fits.train(asked, progress.watcher(errors), out=out, half=half, fresh=fresh)
+    record = made.record
+    taken = progress.clock(time.monotonic() - started)
+    said = [
+        f"{record['explainer']} fitted to {record['model']['name']} on {record['data']['images']} images of "
+        f"{record['data']['dataset']}: {record['params_added']:,} parameters, {record['seconds']:.0f} s of "
+        f"fitting ({taken} now)"
+    ]
+    if record["data"]["unreadable"]:
+        said.append(f"{record['data']['unreadable']} images could not be read and were left out")
+    said += [f"wrote {made.path}", f"fit {made.key}: `faithmap run` finds it by itself"]
+    for line in said:
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
     return 0
 
 

@@ -26,7 +26,7 @@ DEFAULT_PRESET = "quickstart"
 #: Parameters that name files or folders; a relative one is relative to the TOML file.
 PATH_KEYS = ("weights", "root", "index", "class_map")
 #: Parameters of explainers that hold a word or the path of a file.
-FILE_KEYS = ("statistics", "weights")
+FILE_KEYS = ("statistics", "weights", "fitted")
 
 
 class RunSettings(BaseModel):
@@ -297,6 +297,18 @@ def parse_spec(item: str | Spec) -> Spec:
             raise RequestError(f"'{item}': '{pair}' is no parameter; write key=value")
         params[key.strip()] = _value(value.strip())
     return Spec(match[1].strip(), params)
+
+
+def parse_option(text: str) -> tuple[str, Any]:
+    """A pair from `key=value`, the value being TOML or a plain word.
+
+    Raises:
+        RequestError: there is no equals sign.
+    """
+    key, equals, value = text.partition("=")
+    if not equals or not key.strip():
+        raise RequestError(f"'{text}' is no option; write key=value")
+    return key.strip(), _value(value.strip())
 
 
 def _value(text: str) -> Any:

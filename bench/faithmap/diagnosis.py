@@ -10,6 +10,7 @@ from rich.console import Console
 
 import faithmap
 from faithmap import _torchvision, registry
+from faithmap.fitting import home
 from faithmap.provenance import checkout, git_state, library_versions
 
 
@@ -31,6 +32,8 @@ def report(console: Console) -> int:
         faults += [
             f"{kind} '{name}' does not load: {reason}" for name, reason in registry.broken(kind).items()
         ]
+    fits = home()
+    lines.append(("fits", f"{fits}{'' if (fits / 'fitted').is_dir() else ' (none yet)'}"))
     lines += _caches()
     here = Path.cwd()
     other = (here / "bench" / "faithmap").is_dir() and checkout() != here.resolve()

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from faithmap.batch import Batch, Maps, seed_of
 from faithmap.errors import PluginError, RequestError
+from faithmap.fitting import Fit
 from faithmap.models import Model
 from faithmap.records import Status, canonical_json
 from faithmap.registry import Plugin
@@ -56,7 +57,7 @@ def lacking(needs: frozenset[str], gives: frozenset[str] | set[str]) -> str:
 
 
 def bind(
-    plugin: Plugin, params: Mapping[str, Any], files: Mapping[str, str] | None = None
+    plugin: Plugin, params: Mapping[str, Any], files: Mapping[str, str] | None = None, fit: Fit | None = None
 ) -> Callable[[Model, Batch], Maps]:
     """Make `call(model, batch) -> maps` of an explainer, with its seeds and its random state.
 
@@ -64,9 +65,12 @@ def bind(
         plugin: the explainer.
         params: all of its parameters; they enter the seeds.
         files: parameters that name a file, with the place where it lies on this machine.
+        fit: what an explainer that must be fitted has learnt of the model that it will be called with.
     """
-    inner = plugin.make({**params, **(files or {})})
+    inner: Any = plugin.make({**params, **(files or {})})
     key = canonical_json([plugin.name, params])
+    if fit is not None:
+        inner = _Loading(inner, fit)
 
     # Whoever asks may have switched gradients off: a method need not think of it.
     @torch.enable_grad()
@@ -82,6 +86,21 @@ def bind(
         return torch.cat(maps)
 
     return call
+
+
+class _Loading:
+    """A fitted explainer that is handed its fit when it first meets a model."""
+
+    def __init__(self, inner: Any, fit: Fit) -> None:
+        self._inner, self._fit = inner, fit
+        self._model: Model | None = None
+        self._device: torch.device | None = None
+
+    def __call__(self, model: Model, batch: Batch) -> Any:
+        if self._model is not model or self._device != model.device:
+            self._inner.load(model, self._fit.tensors())
+            self._model, self._device = model, model.device
+        return self._inner(model, batch)
 
 
 @contextmanager

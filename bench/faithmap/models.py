@@ -226,18 +226,28 @@ class Model(nn.Module):
     def digest(self) -> str:
         """SHA-256 over every weight and buffer, the normalisation and the transform, shortened."""
         if not self._digest:
-            state = hashlib.sha256()
-            for key, value in sorted(self.module.state_dict().items()):
-                state.update(f"{key}{tuple(value.shape)}{value.dtype}".encode())
-                state.update(
-                    value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
-                )
+            state = self._weights()
             # Weights alone do not tell two architectures apart (a padding, a stride).
             state.update(repr(self.module).encode())
             state.update(repr((self.mean.flatten().tolist(), self.std.flatten().tolist())).encode())
             state.update(repr((self.transform, self._layer)).encode())
-            self._digest = state.hexdigest()[:16]
+            self._digest = str(state.hexdigest())[:16]
         return self._digest
+
+    def weights_digest(self) -> str:
+        """SHA-256 over every weight and buffer alone, shortened.
+
+        Unlike `digest` it does not depend on how a library prints its modules, and so outlives
+        that library's releases.
+        """
+        return str(self._weights().hexdigest())[:16]
+
+    def _weights(self) -> Any:
+        state = hashlib.sha256()
+        for key, value in sorted(self.module.state_dict().items()):
+            state.update(f"{key}{tuple(value.shape)}{value.dtype}".encode())
+            state.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+        return state
 
     def _name_of(self, layer: str | nn.Module | None) -> str | None:
         if layer is None or isinstance(layer, str):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from faithmap.config import Config, located, located_files
 from faithmap.data import LoadedDataset, choose, load_dataset
 from faithmap.errors import RequestError
 from faithmap.explaining import bind, lacking, undefined
+from faithmap.fitting import Fit, advice, find, wants_fit
 from faithmap.models import Model, load_model
 from faithmap.perturb import make_fill
 from faithmap.records import REFERENCE_NULL, Cell, Sample, Spec, canonical_json, digest
@@ -32,6 +33,15 @@ class ExplainerUse:
     params: dict[str, Any]
     #: Parameters that name a file, with the place where it was found.
     files: Mapping[str, str] = field(default_factory=dict)
+    #: What an explainer that must be fitted has learnt, by the model's name; None where it has not.
+    fits: Mapping[str, Fit | None] = field(default_factory=dict)
+
+    def skip(self, model: Model, gives: frozenset[str]) -> str:
+        """Why it does not explain a model here; empty where it does."""
+        reason = undefined(self.plugin, model, gives)
+        if not reason and model.name in self.fits and self.fits[model.name] is None:
+            reason = advice(self.plugin, self.params, model)
+        return reason
 
     def files_key(self) -> dict[str, str]:
         """SHA-256 of each file: its content is part of what the maps depend on, its place is not."""
@@ -84,15 +94,28 @@ def make_grid(config: Config, models: Sequence[Model] = ()) -> Grid:
     for spec in config.datasets:
         dataset = load_dataset(spec)
         datasets.append((dataset, choose(dataset.samples, config.run.part, config.run.limit)))
-    loaded = tuple(models) or tuple(_model(spec) for spec in config.models)
+    loaded = tuple(models) or tuple(load_named(spec) for spec in config.models)
     names = [model.name for model in loaded]
     for name in names:
         if names.count(name) > 1:
             raise RequestError(f"two models are named '{name}'; give one another name")
-    return Grid(config, loaded, tuple(datasets), explainers, metrics)
+    fitted = tuple(replace(use, fits=_fits(use, loaded)) for use in explainers)
+    return Grid(config, loaded, tuple(datasets), fitted, metrics)
 
 
-def _model(spec: Spec) -> Model:
+def _fits(use: ExplainerUse, models: Sequence[Model]) -> dict[str, Fit | None]:
+    """The fit of an explainer for each model that it is defined for, where it must be fitted."""
+    if not wants_fit(use.plugin, use.params):
+        return {}
+    return {
+        model.name: find(use.plugin, {**use.params, **use.files}, model)
+        for model in models
+        if not undefined(use.plugin, model, use.plugin.facts.needs)
+    }
+
+
+def load_named(spec: Spec) -> Model:
+    """The model of a request, under the name that it was given there."""
     name, params = located(spec)
     model = load_model(name, **params)
     # A file's absolute path has no place on a board: the name as it was typed has.
@@ -140,7 +163,7 @@ def plan_tasks(grid: Grid, model: Model, dataset: LoadedDataset) -> list[Task]:
     tasks = []
     served = tuple(use for use in grid.metrics if not lacking(use.facts.needs, dataset.gives))
     for use in grid.explainers:
-        skip = undefined(use.plugin, model, dataset.gives)
+        skip = use.skip(model, dataset.gives)
         if not skip and isinstance(layer := use.params.get("layer"), str):
             model.layer(layer)  # raises where there is none, before anything is computed
         if use.plugin.facts.role == "null":
@@ -174,10 +197,12 @@ def _task(
     # A draw of a null is a parameter of its plugin; a moved map is made by the core.
     call_params = use.params if null else params
     shape = map_grid(grid.config, model)
-    files = [use.files_key()] if use.files else []
+    content: list[Any] = [use.files_key()] if use.files else []
+    fit = use.fits.get(model.name)
+    content += [{"fit": fit.digest}] if fit is not None else []
     key = digest(
         model.digest(), dataset.key, run.target, use.plugin.name, use.plugin.facts.version, params,
-        use.plugin.file_sha256(), run.seed, run.precision, run.map_grid, shape, *files, length=20,
+        use.plugin.file_sha256(), run.seed, run.precision, run.map_grid, shape, *content, length=20,
     )  # fmt: skip
     cell = Cell(
         model=model.name,
@@ -191,7 +216,7 @@ def _task(
         null=null,
         draw=extra.get("draw"),
     )
-    return Task(cell, use.plugin, bind(use.plugin, call_params, use.files), metrics, skip)
+    return Task(cell, use.plugin, bind(use.plugin, call_params, use.files, fit), metrics, skip)
 
 
 def identity(grid: Grid) -> dict[str, Any]:

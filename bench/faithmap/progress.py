@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Mapping
 from typing import TextIO
 
 from rich.console import Console
@@ -103,6 +104,70 @@ class Lines:
         print(text, file=self._stream, flush=True)
 
 
+class FitBar:
+    """A bar of a fit: what is fitted, the latest values, steps and the time left."""
+
+    def __init__(self, console: Console) -> None:
+        self._progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("steps"),
+            TextColumn("{task.fields[values]}"),
+            TimeElapsedColumn(),
+            TextColumn("{task.fields[left]}"),
+            console=console,
+            transient=True,
+        )
+        self._clock = _Clock()
+
+    def begin(self, title: str, steps: int, done: int) -> None:
+        """Show the bar, begun where an earlier fit stopped."""
+        self._clock = _Clock(steps - done)
+        self._task = self._progress.add_task(title, total=steps, completed=done, values="", left="")
+        self._progress.start()
+
+    def step(self, step: int, values: Mapping[str, float]) -> None:
+        """A step is done."""
+        self._clock.tick()
+        self._progress.update(
+            self._task, completed=step, values=told_values(values), left=f"{clock(self._clock.left())} left"
+        )
+
+    def end(self) -> None:
+        """Take the bar away."""
+        self._progress.stop()
+
+
+class FitLines:
+    """Plain lines of a fit, at most one every few seconds, for logs and pipes."""
+
+    def __init__(self, stream: TextIO | None = None, every: float = 10.0) -> None:
+        self._stream = stream or sys.stderr
+        self._every = every
+        self._last = 0.0
+        self._steps = 0
+        self._clock = _Clock()
+
+    def begin(self, title: str, steps: int, done: int) -> None:
+        """Say how much there is to do."""
+        self._steps, self._clock = steps, _Clock(steps - done)
+        gone = f", {done} of them done before" if done else ""
+        print(f"{title}: {steps} steps{gone}", file=self._stream, flush=True)
+
+    def step(self, step: int, values: Mapping[str, float]) -> None:
+        """A step is done."""
+        self._clock.tick()
+        if time.monotonic() - self._last < self._every and step < self._steps:
+            return
+        self._last = time.monotonic()
+        left = clock(self._clock.left())
+        print(f"{step}/{self._steps} {told_values(values)}, {left} left", file=self._stream, flush=True)
+
+    def end(self) -> None:
+        """Nothing to take away."""
+
+
 class _Clock:
     """Estimates the time left from the pace so far."""
 
@@ -134,6 +199,20 @@ def clock(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+
+
+def told_values(values: Mapping[str, float]) -> str:
+    """Numbers by name, in a line.
+
+    >>> told_values({"loss": 0.25, "area": 2.0})
+    'loss 0.25, area 2'
+    """
+    return ", ".join(f"{name} {value:.4g}" for name, value in values.items())
+
+
+def watcher(console: Console) -> FitBar | FitLines:
+    """What shows a fit: a bar where there is a terminal, lines elsewhere."""
+    return FitBar(console) if console.is_terminal else FitLines()
 
 
 def observer(console: Console) -> Bar | Lines:

@@ -13,6 +13,7 @@ from typing import Any
 
 import faithmap
 from faithmap.data import LoadedDataset
+from faithmap.fitting import Fit
 from faithmap.models import Model
 from faithmap.plan import ExplainerUse, Grid
 from faithmap.scoring import MetricUse
@@ -101,10 +102,11 @@ def describe_dataset(dataset: LoadedDataset, images: int) -> dict[str, Any]:
     }
 
 
-def describe_explainer(use: ExplainerUse) -> dict[str, Any]:
+def describe_explainer(use: ExplainerUse, grid: Grid) -> dict[str, Any]:
     """An explainer's entry in the manifest."""
     facts = use.plugin.facts
-    return {
+    fits = {name: describe_fit(fit, grid) for name, fit in use.fits.items() if fit is not None}
+    entry = {
         "name": use.plugin.name,
         "params": use.params,
         "version": facts.version,
@@ -113,6 +115,27 @@ def describe_explainer(use: ExplainerUse) -> dict[str, Any]:
         "class_specific": facts.class_specific,
         "file_sha256": use.plugin.file_sha256(),
         "reliable": True,
+    }
+    return {**entry, "fits": fits} if fits else entry
+
+
+def describe_fit(fit: Fit, grid: Grid) -> dict[str, Any]:
+    """What an explainer has learnt of a model, in the manifest; `scored_too` names datasets of both."""
+    record, part = fit.record, grid.config.run.part
+    data = record.get("data", {})
+    shared = [
+        dataset.label
+        for dataset, _ in grid.datasets
+        if dataset.key == data.get("key") and (part == data.get("part") or "all" in (part, data.get("part")))
+    ]
+    return {
+        "key": fit.key,
+        "digest": fit.digest,
+        "fit_images": data.get("images", 0),
+        "fit_seconds": record.get("seconds", 0.0),
+        "params_added": record.get("params_added", 0),
+        "scored_too": shared,
+        "record": dict(record),
     }
 
 
@@ -164,7 +187,7 @@ def manifest(
             }
             for dataset, chosen in grid.datasets
         },
-        "explainers": {use.label: describe_explainer(use) for use in grid.explainers},
+        "explainers": {use.label: describe_explainer(use, grid) for use in grid.explainers},
         "metrics": [describe_metric(use) for use in grid.metrics],
         "request": {
             "models": [model.name for model in grid.models],

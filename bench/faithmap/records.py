@@ -80,6 +80,10 @@ class Facts:
     iterative: bool = False
     #: Small parameter values with which the conformance kit runs the plugin.
     check_params: Mapping[str, Any] = field(default_factory=dict)
+    #: Explainers that are fitted first: the parameters that the fit depends on; None means all of them.
+    fit_params: frozenset[str] | None = None
+    #: Small options of `fit` with which the conformance kit fits the plugin.
+    check_fit: Mapping[str, Any] = field(default_factory=dict)
     #: The plugin uses a library's global random state: call it one image at a time, seeded.
     per_image: bool = False
     role: Role = "method"

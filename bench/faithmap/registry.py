@@ -11,6 +11,7 @@ import hashlib
 import importlib
 import importlib.util
 import inspect
+import re
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -26,6 +27,8 @@ from faithmap.records import Direction, Facts, Kind, Role
 Function = TypeVar("Function", bound=Callable[..., Any])
 KINDS: tuple[Kind, ...] = ("explainer", "metric", "dataset")
 BUILT_IN = "built in"
+#: The parameter that names a fit, and its value where there is only one.
+FITTED, AUTO = "fitted", "auto"
 
 
 @dataclass(frozen=True)
@@ -50,13 +53,22 @@ class Plugin:
 
     @property
     def parameters(self) -> dict[str, Any]:
-        """The keyword-only parameters with their defaults, in the order of the signature."""
-        signature = inspect.signature(self.target)
-        return {
-            name: parameter.default
-            for name, parameter in signature.parameters.items()
-            if parameter.kind is inspect.Parameter.KEYWORD_ONLY
-        }
+        """The keyword-only parameters with their defaults, in the order of the signature.
+
+        An explainer that is fitted first has one more, which the core reads: `fitted` says which of
+        several fits to take.
+        """
+        own = keyword_only(self.target)
+        return {**own, FITTED: AUTO} if self.fits else own
+
+    @property
+    def fits(self) -> bool:
+        """Whether it is an explainer that must be fitted before it explains: a class with a `fit`."""
+        return (
+            self.facts.kind == "explainer"
+            and inspect.isclass(self.target)
+            and callable(getattr(self.target, "fit", None))
+        )
 
     @property
     def summary(self) -> str:
@@ -86,7 +98,7 @@ class Plugin:
                     if known
                     else f"{kind} '{self.name}' takes no parameters, but '{key}' was given"
                 )
-            _check_type(f"{kind} '{self.name}', parameter '{key}'", value, known[key])
+            check_type(f"{kind} '{self.name}', parameter '{key}'", value, known[key])
         resolved = {**known, **given}
         missing = [key for key, value in resolved.items() if value is inspect.Parameter.empty]
         if missing:
@@ -96,7 +108,8 @@ class Plugin:
     def make(self, params: Mapping[str, Any]) -> Callable[..., Any]:
         """Bind checked parameters: what is returned takes the positional arguments alone."""
         if inspect.isclass(self.target):
-            return cast("Callable[..., Any]", self.target(**params))
+            own = {key: value for key, value in params.items() if not (self.fits and key == FITTED)}
+            return cast("Callable[..., Any]", self.target(**own))
 
         def bound(*args: Any) -> Any:
             return self.target(*args, **params)
@@ -104,8 +117,21 @@ class Plugin:
         return bound
 
 
-def _check_type(where: str, value: Any, default: Any) -> None:
-    """Refuse a value that the default's type excludes; a default of None admits anything."""
+def keyword_only(function: Callable[..., Any]) -> dict[str, Any]:
+    """The keyword-only parameters of a function or class with their defaults, in order."""
+    return {
+        name: parameter.default
+        for name, parameter in inspect.signature(function).parameters.items()
+        if parameter.kind is inspect.Parameter.KEYWORD_ONLY
+    }
+
+
+def check_type(where: str, value: Any, default: Any) -> None:
+    """Refuse a value that the default's type excludes; a default of None admits anything.
+
+    Raises:
+        RequestError: the value is of another type.
+    """
     if default is None or default is inspect.Parameter.empty or value is None:
         return
     kinds: dict[type, tuple[type, ...]] = {
@@ -160,9 +186,18 @@ def _rooms(kind: Kind) -> list[Path]:
     return [(Path(entry) / f"{kind}s").resolve() for entry in faithmap.__path__]
 
 
+def _hyphened(name: str) -> str:
+    """A function's or class's name as a registry name.
+
+    >>> _hyphened("input_x_gradient"), _hyphened("MaskedFeatures")
+    ('input-x-gradient', 'masked-features')
+    """
+    return re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "-", name).lower().replace("_", "-")
+
+
 def _decorator(kind: Kind, name: str | None, facts: dict[str, Any]) -> Callable[[Function], Function]:
     def decorate(target: Function) -> Function:
-        title = name or target.__name__.replace("_", "-")
+        title = name or _hyphened(target.__name__)
         _register(Facts(kind=kind, name=title, **facts), target)
         return target
 
@@ -182,16 +217,22 @@ def explainer(
     exact_cost: bool = True,
     iterative: bool = False,
     check_params: Mapping[str, Any] | None = None,
+    fit_params: Iterable[str] | None = None,
+    check_fit: Mapping[str, Any] | None = None,
     per_image: bool = False,
     role: Role = "method",
     needs: Iterable[str] = (),
 ) -> Callable[[Function], Function]:
     """Register an explainer: `f(model, batch, *, params) -> maps (B, H, W)` at any resolution.
 
+    An explainer that must be fitted first is a class with `__init__(*, params)`,
+    `fit(model, data, session, *, options)`, `load(model, tensors)` and the same call; see
+    `faithmap.fitting`.
+
     Args:
         version: raise it when the maps change; stored rows of other versions are not reused.
         source: paper and equation that the method comes from.
-        name: registry name; by default the function's name with hyphens.
+        name: registry name; by default the function's (or class's) name with hyphens.
         families: families of models ("cnn", "vit") it is defined for; empty means all.
         defined_for: called with the model before anything is computed; returns the reason why
             the method is not defined for it, or None.
@@ -203,6 +244,9 @@ def explainer(
         iterative: True where the map is found by steps that let rounding grow (an optimisation, a
             fit): the kit then compares maps by rank correlation instead of by value.
         check_params: small settings with which the conformance kit runs the plugin.
+        fit_params: of an explainer that is fitted first, the parameters that the fit depends on; by
+            default all.
+        check_fit: small options of its `fit` with which the kit fits it.
         per_image: the plugin draws from torch's or numpy's global random state; it is then called
             one image at a time under a seeded, forked state.
         role: "method" is ranked; "control" and "null" are shown apart.
@@ -212,7 +256,8 @@ def explainer(
         "version": version, "source": source, "families": frozenset(families), "defined_for": defined_for,
         "class_specific": class_specific, "forwards": forwards, "backwards": backwards,
         "exact_cost": exact_cost, "iterative": iterative, "check_params": dict(check_params or {}),
-        "per_image": per_image, "role": role, "needs": frozenset(needs),
+        "fit_params": None if fit_params is None else frozenset(fit_params),
+        "check_fit": dict(check_fit or {}), "per_image": per_image, "role": role, "needs": frozenset(needs),
     }  # fmt: skip
     return _decorator("explainer", name, facts)
 

@@ -13,6 +13,7 @@ from faithmap import stats
 from faithmap.columns import (
     BEATS,
     CALIBRATED_SCORES,
+    FIT_COSTS,
     base_score,
     column_of,
     direction,
@@ -55,6 +56,7 @@ def build_lines(cell: Evidence, *, resamples: int = stats.RESAMPLES) -> list[Lin
     _add_effects(cell, lines, measured, resamples, seed)
     _add_energy(cell, lines, measured, resamples, seed)
     _add_beats(cell, lines, measured)
+    _add_fits(cell, lines, measured)
     ranked = ranked_labels(cell)
     _add_win(cell, lines, ranked, resamples, seed)
     _add_ranks(cell, lines, ranked, resamples, seed)
@@ -255,6 +257,13 @@ def _add_beats(cell: Evidence, lines: Mapping[str, Line], labels: Sequence[str])
         gain = gain[np.isfinite(gain)]
         if gain.size:
             _put(lines[label], BEATS[null], *_hit_estimate((np.sign(gain) + 1) * 50.0, 100.0))
+
+
+def _add_fits(cell: Evidence, lines: Mapping[str, Line], labels: Sequence[str]) -> None:
+    """What fitting a line's explainer to the model took, where it was fitted."""
+    for label in labels:
+        fit = cell.manifest.get("explainers", {}).get(label, {}).get("fits", {}).get(cell.model)
+        lines[label] |= {name: float(fit[name]) for name in FIT_COSTS} if fit else {}
 
 
 def _add_win(

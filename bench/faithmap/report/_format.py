@@ -16,7 +16,8 @@ HEADINGS = {
     "increase": "Increase", "win": "Win", "area": "Area", "energy_pg": "Energy",
     "ms_per_image": "ms / image", "forwards": "Forwards", "backwards": "Backwards",
     "peak_mb": "Peak MB", "win_share": "Win share", "energy_pg_corrected": "Energy, corrected",
-    "beats_swapped": "Beats swapped", "beats_rolled": "Beats rolled", "auc_d_z": "Effect",
+    "beats_swapped": "Beats swapped", "beats_rolled": "Beats rolled", "fit_images": "Fit images",
+    "fit_seconds": "Fit seconds", "params_added": "Parameters added", "auc_d_z": "Effect",
 }  # fmt: skip
 ARROWS = {"higher": " \N{UPWARDS ARROW}", "lower": " \N{DOWNWARDS ARROW}", "none": ""}
 DASH = "\N{EN DASH}"

@@ -77,6 +77,11 @@ _MEANINGS = {
         "Forwards, Backwards",
         "Images passed through the model, and back, per explained image.",
     ),
+    "fit_images": (
+        "Fit images, Fit seconds, Parameters added",
+        "What fitting the method to the model took, once, beforehand. Images may have been seen more than "
+        "once.",
+    ),
     "peak_mb": (
         "Peak MB",
         "Largest memory that the device's allocator held. Megabytes.",

@@ -102,9 +102,24 @@ def _section(
     if left_out:
         reasons = [f"- {_code(line['explainer'])}: {plain(line['status'])}" for line in left_out]
         parts += ["### Not ranked", "\n".join(reasons)]
+    parts += _fitted_here(measured, cell, manifest)
     parts += _stood_in(measured) + _figures(cell, figures)
     parts += _variants(methods + others, manifest) + _cost(methods + others, manifest)
     return parts + _reversal_list(cell)
+
+
+def _fitted_here(lines: Sequence[Line], cell: CellFacts, manifest: Mapping[str, Any]) -> list[str]:
+    """Which methods have learnt from images that they are scored on."""
+    entries = manifest.get("explainers", {})
+    seen = [
+        line["explainer"]
+        for line in lines
+        if cell.dataset
+        in entries.get(line["explainer"], {}).get("fits", {}).get(cell.model, {}).get("scored_too", ())
+    ]
+    if not seen:
+        return []
+    return [f"**Fitted on images of this very table**: {', '.join(map(_code, seen))}."]
 
 
 def _stood_in(lines: Sequence[Line]) -> list[str]:

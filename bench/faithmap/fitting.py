@@ -1,0 +1,241 @@
+"""Explainers that are fitted before they explain: where a fit is kept, and how it is found again.
+
+Such an explainer is a class:
+
+- `__init__(self, *, ...)`: its parameters, keyword-only with defaults.
+- `fit(self, model, data, session, *, ...) -> {name: tensor}`: learns and returns all that it keeps.
+  `data` is a `faithmap.training.TrainingData`, `session` a `faithmap.training.Session`; the options
+  behind them, keyword-only with defaults, are those of `faithmap train --set`.
+- `load(self, model, tensors)`: makes it ready to explain that model with what a fit has kept.
+- `__call__(self, model, batch) -> maps`: as any explainer.
+- `wants_fit` (optional, a property): False where the parameters need no fit.
+
+A fit is a safetensors file with its record. Its name begins with the key of what it serves (explainer,
+version, the model's weights and the parameters that the fit depends on) and ends with the key of how it
+came about (images, options, seed). It lies in the user's folder of fits, or ships with the package.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from faithmap.errors import FaithmapError, RequestError
+from faithmap.records import digest
+from faithmap.registry import AUTO, FITTED, Plugin
+from faithmap.store import write_bytes
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from faithmap.models import Model
+
+HOME_VARIABLE = "FAITHMAP_HOME"
+SUFFIX = ".safetensors"
+RECORD = "faithmap"
+#: Ends of the names of tensors that batch normalisation keeps beside its parameters.
+BUFFERS = ("running_mean", "running_var", "num_batches_tracked")
+
+
+@dataclass(frozen=True)
+class Fit:
+    """What an explainer has learnt of a model, and how."""
+
+    #: How it came about: explainer, params, model, data, options, seconds, ...; plain values.
+    record: Mapping[str, Any]
+    #: SHA-256 over the tensors, shortened: part of the key of every map made with them.
+    digest: str
+    #: Where it lies; None for one that is held in memory.
+    path: Path | None = None
+    held: Mapping[str, Tensor] = field(default_factory=dict, repr=False)
+
+    @property
+    def key(self) -> str:
+        """The key of how it came about, which `fitted=` takes."""
+        return str(self.record["key"])
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Everything that was learnt, float32, on the CPU."""
+        if self.path is None:
+            return dict(self.held)
+        return _read(self.path)[1]
+
+
+def home() -> Path:
+    """The user's folder of faithmap: `$FAITHMAP_HOME`, or `faithmap` among the user's data."""
+    if given := os.environ.get(HOME_VARIABLE):
+        return Path(given).expanduser()
+    if sys.platform == "win32":
+        base = Path(os.environ.get("LOCALAPPDATA", Path.home() / "AppData" / "Local"))
+    else:
+        base = Path(os.environ.get("XDG_DATA_HOME", Path.home() / ".local" / "share"))
+    return base / "faithmap"
+
+
+def folders(explainer: str) -> list[Path]:
+    """Where fits of an explainer may lie: the user's folder, then the package's."""
+    packaged = Path(__file__).parent / "zoo" / "fitted"
+    return [home() / "fitted" / explainer, packaged / explainer]
+
+
+def wants_fit(plugin: Plugin, params: Mapping[str, Any]) -> bool:
+    """Whether an explainer with these parameters must be fitted before it explains."""
+    return plugin.fits and bool(getattr(plugin.make(params), "wants_fit", True))
+
+
+def fit_params(plugin: Plugin, params: Mapping[str, Any]) -> dict[str, Any]:
+    """The parameters that a fit depends on."""
+    named = plugin.facts.fit_params
+    return {key: value for key, value in params.items() if key != FITTED and (named is None or key in named)}
+
+
+def served_key(plugin: Plugin, params: Mapping[str, Any], model: Model) -> str:
+    """The key of what a fit serves: explainer, version, the model's weights and input, parameters."""
+    return digest(
+        plugin.name, plugin.facts.version, model.weights_digest(), model.mean.flatten().tolist(),
+        model.std.flatten().tolist(), model.input_size, fit_params(plugin, params), length=12,
+    )  # fmt: skip
+
+
+def find(plugin: Plugin, params: Mapping[str, Any], model: Model) -> Fit | None:
+    """The fit that an explainer with these parameters explains a model with; None where there is none.
+
+    Raises:
+        RequestError: there are several and none is named, or the one that is named is not there or
+            serves another model or other parameters.
+        FaithmapError: a file is damaged.
+    """
+    served = served_key(plugin, params, model)
+    choice = str(params.get(FITTED, AUTO))
+    if choice.endswith(SUFFIX):
+        return _named(plugin, Path(choice), served, model)
+    found = known(plugin.name, served)
+    if choice != AUTO:
+        found = [fit for fit in found if fit.key.startswith(choice)]
+        if not found:
+            raise RequestError(
+                f"explainer '{plugin.name}': no fit for model '{model.name}' has a key that begins with "
+                f"'{choice}'; {_told(known(plugin.name, served))}"
+            )
+    if len(found) > 1:
+        raise RequestError(
+            f"explainer '{plugin.name}' has {len(found)} fits for model '{model.name}'; {_told(found)}; name "
+            f"one by the beginning of its key: {plugin.name}[{FITTED}={found[0].key}]"
+        )
+    return found[0] if found else None
+
+
+def known(explainer: str, served: str) -> list[Fit]:
+    """All fits that serve a key; a fit that lies in both folders counts once."""
+    files = [file for folder in folders(explainer) for file in sorted(folder.glob(f"{served}-*{SUFFIX}"))]
+    return [read(file) for file in {file.name: file for file in reversed(files)}.values()]
+
+
+def advice(plugin: Plugin, params: Mapping[str, Any], model: Model) -> str:
+    """One sentence: there is no fit, and the command that makes one."""
+    defaults = plugin.check({})
+    changed = {k: v for k, v in fit_params(plugin, params).items() if v != defaults[k]}
+    settings = f"[{','.join(f'{k}={v}' for k, v in changed.items())}]" if changed else ""
+    spec = f"{plugin.name}{settings}"
+    return (
+        f"not fitted for this model; `faithmap train {_quoted(spec)} --model {_quoted(model.name)} "
+        "--dataset DATASET` does it"
+    )
+
+
+def _quoted(text: str) -> str:
+    return f"'{text}'" if set(text) & set("[]$;& ") else text
+
+
+def _named(plugin: Plugin, file: Path, served: str, model: Model) -> Fit:
+    file = file.expanduser()
+    if not file.is_file():
+        raise RequestError(
+            f"explainer '{plugin.name}': there is no file {file}; `faithmap train` writes such a file"
+        )
+    fit = read(file)
+    if fit.record.get("served") != served:
+        raise RequestError(
+            f"{file} was fitted for explainer '{fit.record.get('explainer')}' with "
+            f"{fit.record.get('params')} on model '{fit.record.get('model', {}).get('name')}', not for "
+            f"'{plugin.name}' on '{model.name}' with these weights and parameters; fit it for them"
+        )
+    return fit
+
+
+def _told(fits: Sequence[Fit]) -> str:
+    if not fits:
+        return "there are none"
+    lines = []
+    for fit in fits:
+        data, options = fit.record.get("data", {}), fit.record.get("options", {})
+        told = ", ".join(f"{key} {value}" for key, value in options.items())
+        lines.append(f"{fit.key} ({data.get('images')} images of {data.get('dataset')}; {told})")
+    return "there are " + " and ".join(lines)
+
+
+def file_name(served: str, key: str) -> str:
+    """The file of a fit."""
+    return f"{served}-{key}{SUFFIX}"
+
+
+def tensors_digest(tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 over names, shapes and values, shortened."""
+    state = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        state.update(f"{name}{tuple(tensor.shape)}".encode())
+        state.update(tensor.detach().float().cpu().contiguous().numpy().tobytes())
+    return state.hexdigest()[:16]
+
+
+def in_memory(tensors: Mapping[str, Tensor], record: Mapping[str, Any]) -> Fit:
+    """A fit that is not written anywhere."""
+    held = {name: tensor.detach().float().cpu() for name, tensor in tensors.items()}
+    return Fit(record, tensors_digest(held), held=held)
+
+
+def write(file: Path, tensors: Mapping[str, Tensor], record: Mapping[str, Any], half: bool = False) -> Fit:
+    """Write a fit, whole or not at all.
+
+    Args:
+        file: the file, which is replaced.
+        tensors: what was learnt.
+        record: how; plain values.
+        half: store in half precision, for files that ship.
+    """
+    import torch
+    from safetensors.torch import save
+
+    dtype = torch.float16 if half else torch.float32
+    kept = {name: tensor.detach().to("cpu", dtype).contiguous() for name, tensor in tensors.items()}
+    write_bytes(file, save(kept, metadata={RECORD: json.dumps(dict(record), ensure_ascii=False)}))
+    return read(file)
+
+
+def read(file: Path) -> Fit:
+    """Read a fit's record and digest.
+
+    Raises:
+        FaithmapError: the file is damaged or holds something else.
+    """
+    record, tensors = _read(file)
+    return Fit(record, tensors_digest(tensors), path=file)
+
+
+def _read(file: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(file, framework="pt") as opened:
+            record: dict[str, Any] = json.loads((opened.metadata() or {})[RECORD])
+            return record, {name: opened.get_tensor(name).float() for name in opened.keys()}  # noqa: SIM118
+    except (SafetensorError, KeyError, ValueError, OSError) as error:
+        raise FaithmapError(
+            f"{file} holds no fit ({type(error).__name__}: {error}); delete it and fit again"
+        ) from error

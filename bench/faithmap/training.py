@@ -1,0 +1,411 @@
+"""`faithmap train`: fit an explainer to a model, with checkpoints, and keep the fit by content key."""
+
+from __future__ import annotations
+
+import csv
+import datetime
+import io
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from filelock import FileLock, Timeout
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+import faithmap
+from faithmap import fitting
+from faithmap.batch import seed_of
+from faithmap.data import LoadedDataset
+from faithmap.errors import DataError, FaithmapError, RequestError, nearest
+from faithmap.explaining import guarded
+from faithmap.fitting import Fit
+from faithmap.models import Model
+from faithmap.records import Sample, digest
+from faithmap.registry import Plugin, check_type, keyword_only
+from faithmap.store import write_bytes
+from faithmap.transforms import prepare
+
+#: Seconds between two checkpoints.
+EVERY = 60.0
+#: Images are kept in memory once they have been read, up to this many bytes.
+KEPT_BYTES = 2 * 2**30
+
+
+class Watcher(Protocol):
+    """Is told how a fit goes on."""
+
+    def begin(self, title: str, steps: int, done: int) -> None:
+        """The first step is known: so many in all, so many done before."""
+
+    def step(self, step: int, values: Mapping[str, float]) -> None:
+        """A step is done."""
+
+    def end(self) -> None:
+        """The last step is done."""
+
+
+class Silent:
+    """Nobody watches."""
+
+    def begin(self, title: str, steps: int, done: int) -> None:
+        """Nothing is shown."""
+
+    def step(self, step: int, values: Mapping[str, float]) -> None:
+        """Nothing is shown."""
+
+    def end(self) -> None:
+        """Nothing is shown."""
+
+
+class TrainingData:
+    """The images that an explainer is fitted to, in an order that the seed and the epoch alone decide.
+
+    Args:
+        samples: the images.
+        model: whose evaluation transform they pass, and on whose device they come.
+        seed: of the order.
+        workers: processes that read images; 0 reads them here and keeps them while they fit in 2 GiB.
+    """
+
+    def __init__(self, samples: Sequence[Sample], model: Model, seed: int, workers: int = 0) -> None:
+        self._images = _Images(samples, model, keep=workers == 0)
+        self._device, self._seed, self._workers = model.device, seed, workers
+        #: Ids of the images that could not be read, with the reason.
+        self.unreadable: dict[str, str] = {}
+
+    def __len__(self) -> int:
+        return len(self._images)
+
+    def steps(self, batch_size: int, *, drop_last: bool = False) -> int:
+        """Batches in an epoch."""
+        count = len(self) // batch_size if drop_last else -(-len(self) // batch_size)
+        return max(1, count) if len(self) else 0
+
+    def batches(
+        self, batch_size: int, epoch: int, *, shuffle: bool = True, drop_last: bool = False, start: int = 0
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """Images (B, 3, H, W) in [0, 1] and labels (B,), -1 where unknown, of one epoch.
+
+        Images that cannot be read are left out of their batch; a batch of none is left out.
+
+        Args:
+            batch_size: images in a batch.
+            epoch: from 0; with the seed it decides the order.
+            shuffle: False keeps the order of the dataset.
+            drop_last: leave out a last batch that is smaller than the others, unless it is the only one.
+            start: leave out so many batches, when a fit goes on within an epoch.
+        """
+        order = list(range(len(self)))
+        if shuffle:
+            generator = torch.Generator().manual_seed(seed_of(self._seed, "epoch", str(epoch)))
+            order = torch.randperm(len(self), generator=generator).tolist()
+        count = self.steps(batch_size, drop_last=drop_last)
+        chosen = [order[i * batch_size : (i + 1) * batch_size] for i in range(start, count)]
+        loader: Any = DataLoader(
+            self._images, batch_sampler=chosen, num_workers=self._workers, collate_fn=_collate
+        )
+        for images, labels, faults in loader:
+            self.unreadable.update(faults)
+            if len(labels):
+                yield images.to(self._device, non_blocking=True), labels.to(self._device)
+
+
+class _Images(Dataset[tuple[Tensor | None, int, str, str]]):
+    """Images as a model takes them; those that were read are kept, if they may be and fit."""
+
+    def __init__(self, samples: Sequence[Sample], model: Model, keep: bool) -> None:
+        self._samples, self._transform = samples, model.transform
+        height, width = model.input_size
+        self._keep = keep and len(samples) * 3 * height * width * 4 <= KEPT_BYTES
+        self._kept: dict[int, Tensor] = {}
+
+    def __len__(self) -> int:
+        return len(self._samples)
+
+    def __getitem__(self, index: int) -> tuple[Tensor | None, int, str, str]:
+        sample = self._samples[index]
+        label = -1 if sample.label is None else sample.label
+        if index in self._kept:
+            return self._kept[index], label, sample.id, ""
+        try:
+            image = prepare(sample, self._transform).image
+        except DataError as error:
+            return None, label, sample.id, str(error)
+        if self._keep:
+            self._kept[index] = image
+        return image, label, sample.id, ""
+
+
+def _collate(items: Sequence[tuple[Tensor | None, int, str, str]]) -> tuple[Tensor, Tensor, dict[str, str]]:
+    read = [(image, label) for image, label, _, _ in items if image is not None]
+    faults = {name: reason for image, _, name, reason in items if image is None}
+    images = torch.stack([image for image, _ in read]) if read else torch.zeros(0, 3, 1, 1)
+    return images, torch.tensor([label for _, label in read], dtype=torch.long), faults
+
+
+@dataclass
+class Session:
+    """One fit: its seed, its checkpoints and its curve.
+
+    `seed` and `precision` ("fp32" or "bf16") are what `fit` must follow.
+    """
+
+    seed: int = 0
+    precision: str = "fp32"
+    #: Where checkpoints are written; None for none.
+    file: Path | None = None
+    watcher: Watcher = field(default_factory=Silent)
+    every: float = EVERY
+    title: str = ""
+    #: What was reported, a step a line.
+    curve: list[dict[str, float]] = field(default_factory=list)
+    seconds: float = 0.0
+
+    def __post_init__(self) -> None:
+        self._started = self._last = time.monotonic()
+        self._begun = False
+
+    def resume(self) -> dict[str, Any] | None:
+        """What the last checkpoint of this very fit holds; None at the first start.
+
+        Raises:
+            FaithmapError: the checkpoint is damaged.
+        """
+        if self.file is None or not self.file.is_file():
+            return None
+        try:
+            held = torch.load(self.file, map_location="cpu", weights_only=True)
+            self.curve, self.seconds = list(held["curve"]), float(held["seconds"])
+            state: dict[str, Any] = held["state"]
+        except Exception as error:
+            raise FaithmapError(
+                f"the checkpoint {self.file} is damaged ({type(error).__name__}); delete it, or fit with "
+                "--fresh"
+            ) from error
+        self._started = time.monotonic()
+        return state
+
+    def checkpoint(self, make_state: Callable[[], dict[str, Any]]) -> None:
+        """Offer the state after a step: it is asked for and written when the last one is a minute old.
+
+        The state must be enough to go on to the same result: parameters, optimiser, schedule, step.
+        """
+        if self.file is None or time.monotonic() - self._last < self.every:
+            return
+        buffer = io.BytesIO()
+        torch.save({"state": make_state(), "curve": self.curve, "seconds": self.elapsed()}, buffer)
+        write_bytes(self.file, buffer.getvalue())
+        self._last = time.monotonic()
+
+    def report(self, step: int, steps: int, values: Mapping[str, float]) -> None:
+        """Say what a step came to: losses and whatever tells how it goes.
+
+        Args:
+            step: steps done, from 1.
+            steps: steps in all.
+            values: names and numbers, the same names at every step.
+        """
+        if not self._begun:
+            self.watcher.begin(self.title, steps, step - 1)
+            self._begun = True
+        self.curve.append({"step": float(step), **{key: float(value) for key, value in values.items()}})
+        self.watcher.step(step, values)
+
+    def elapsed(self) -> float:
+        """Seconds spent, those before an interruption included."""
+        return self.seconds + time.monotonic() - self._started
+
+
+@dataclass(frozen=True)
+class Training:
+    """A checked request to fit one explainer to one model."""
+
+    plugin: Plugin
+    params: Mapping[str, Any]
+    model: Model
+    dataset: LoadedDataset
+    samples: tuple[Sample, ...]
+    options: Mapping[str, Any]
+    part: str = "all"
+    limit: int | None = None
+    seed: int = 0
+    precision: str = "fp32"
+    workers: int = 0
+
+    @property
+    def served(self) -> str:
+        """The key of what the fit serves."""
+        return fitting.served_key(self.plugin, self.params, self.model)
+
+    @property
+    def key(self) -> str:
+        """The key of how the fit comes about."""
+        ids = [sample.id for sample in self.samples]
+        return digest(
+            self.served, self.plugin.file_sha256(), self.dataset.key, ids, dict(self.options), self.seed,
+            self.precision, length=12,
+        )  # fmt: skip
+
+
+def fit_options(plugin: Plugin, given: Mapping[str, Any]) -> dict[str, Any]:
+    """The options of an explainer's `fit`, with `given` over the defaults.
+
+    Raises:
+        RequestError: the explainer is not fitted, or an option is unknown or of another type.
+    """
+    if not plugin.fits:
+        raise RequestError(f"explainer '{plugin.name}' is not fitted: it explains any model as it is")
+    known = keyword_only(plugin.target.fit)  # type: ignore[attr-defined]
+    for key, value in given.items():
+        if key not in known:
+            raise RequestError(
+                f"the fit of '{plugin.name}' has no option '{key}'; "
+                + (nearest(key, known) if known else "it has none")
+            )
+        check_type(f"the fit of '{plugin.name}', option '{key}'", value, known[key])
+    return {**known, **given}
+
+
+def train(
+    request: Training,
+    watcher: Watcher | None = None,
+    *,
+    out: Path | None = None,
+    fresh: bool = False,
+    half: bool = False,
+    every: float = EVERY,
+) -> Fit:
+    """Fit, keep the fit, and return it; a fit that is there already is not made again.
+
+    A killed fit goes on from its last checkpoint when the same request is made again.
+
+    Args:
+        request: what is fitted to what.
+        watcher: is told how it goes on.
+        out: a folder that takes the place of the user's folder of fits.
+        fresh: begin anew, whatever there is.
+        half: keep the fit in half precision.
+        every: seconds between two checkpoints.
+
+    Raises:
+        RequestError: the explainer needs no fit with these parameters, or another process makes it.
+    """
+    if not fitting.wants_fit(request.plugin, request.params):
+        raise RequestError(f"explainer '{request.plugin.name}' needs no fit with these parameters")
+    folder = fitting.home() / "fitted" / request.plugin.name if out is None else out
+    file = folder / fitting.file_name(request.served, request.key)
+    if file.is_file() and not fresh:
+        return fitting.read(file)
+    checkpoint = file.with_suffix(".checkpoint")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(file.with_suffix(".lock"), timeout=0)
+        lock.acquire()
+    except Timeout:
+        raise RequestError(f"another process is making {file}; wait for it") from None
+    except OSError as error:
+        raise RequestError(
+            f"cannot write to {folder} ({error.strerror or error}); set {fitting.HOME_VARIABLE} to another "
+            "folder, or name one with --out"
+        ) from error
+    try:
+        if fresh:
+            checkpoint.unlink(missing_ok=True)
+        session = Session(
+            request.seed, request.precision, checkpoint, watcher or Silent(), every,
+            title=f"{request.plugin.name} · {request.model.name} · {request.dataset.label}",
+        )  # fmt: skip
+        tensors, data = _fit(request, session)
+        made = fitting.write(file, tensors, _record(request, session, tensors, data), half)
+        write_bytes(file.with_suffix(".csv"), curve_csv(session.curve).encode())
+        checkpoint.unlink(missing_ok=True)
+        return made
+    finally:
+        lock.release()
+
+
+def fit_in_memory(plugin: Plugin, params: Mapping[str, Any], model: Model, data: Any, **options: Any) -> Fit:
+    """Fit to images that are at hand, without a file: for tests and for the conformance kit."""
+    session = Session()
+    tensors = plugin.make(params).fit(model, data, session, **fit_options(plugin, options))  # type: ignore[attr-defined]
+    return fitting.in_memory(tensors, {"key": "memory", "explainer": plugin.name})
+
+
+def _fit(request: Training, session: Session) -> tuple[dict[str, Tensor], TrainingData]:
+    data = TrainingData(request.samples, request.model, request.seed, request.workers)
+    explainer: Any = request.plugin.make(request.params)
+    try:
+        with guarded(request.model), torch.enable_grad():
+            tensors = explainer.fit(request.model, data, session, **request.options)
+    finally:
+        session.watcher.end()
+    if data.unreadable and len(data.unreadable) == len(data):
+        name, reason = next(iter(data.unreadable.items()))
+        raise RequestError(f"none of the {len(data)} images could be read; '{name}': {reason}")
+    if not tensors or not all(isinstance(value, Tensor) for value in tensors.values()):
+        raise FaithmapError(
+            f"the fit of '{request.plugin.name}' returned {type(tensors).__name__}; expected tensors by name"
+        )
+    broken = [name for name, value in tensors.items() if not bool(torch.isfinite(value.float()).all())]
+    if broken:
+        raise FaithmapError(
+            f"the fit of '{request.plugin.name}' ended with NaN or infinity in '{broken[0]}'; nothing was "
+            "kept. Lower its learning rate, or fit in fp32"
+        )
+    return tensors, data
+
+
+def _record(
+    request: Training, session: Session, tensors: Mapping[str, Tensor], data: TrainingData
+) -> dict[str, Any]:
+    from faithmap.provenance import checkout, command_line, git_state, library_versions
+
+    dataset = request.dataset
+    return {
+        "key": request.key,
+        "served": request.served,
+        "explainer": request.plugin.name,
+        "version": request.plugin.facts.version,
+        "params": fitting.fit_params(request.plugin, request.params),
+        "options": dict(request.options),
+        "model": {"name": request.model.name, "weights": request.model.weights_digest()},
+        "data": {
+            "dataset": dataset.label,
+            "key": dataset.key,
+            "revision": dataset.revision,
+            "part": request.part,
+            "limit": request.limit,
+            "images": len(data) - len(data.unreadable),
+            "unreadable": len(data.unreadable),
+        },
+        "seed": request.seed,
+        "precision": request.precision,
+        "device": str(request.model.device),
+        "threads": torch.get_num_threads(),
+        "steps": len(session.curve),
+        "last": session.curve[-1] if session.curve else {},
+        "seconds": round(session.elapsed(), 1),
+        "params_added": sum(
+            value.numel() for name, value in tensors.items() if not name.endswith(fitting.BUFFERS)
+        ),
+        "faithmap": faithmap.__version__,
+        **git_state(checkout()),
+        "torch": library_versions()["torch"],
+        "command": command_line(),
+        "created": datetime.datetime.now(datetime.UTC).replace(microsecond=0).isoformat(),
+    }
+
+
+def curve_csv(curve: Sequence[Mapping[str, float]]) -> str:
+    """What was reported, a step a line."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    names = list(curve[0]) if curve else ["step"]
+    writer.writerow(names)
+    for line in curve:
+        writer.writerow([int(line["step"]), *(repr(line[name]) for name in names[1:])])
+    return text.getvalue()
