@@ -8,6 +8,7 @@ thousands of passes; where only some have changed, `--count` names those that ar
 from __future__ import annotations
 
 import argparse
+import inspect
 import re
 import sys
 from collections.abc import Iterable, Mapping, Sequence
@@ -169,6 +170,8 @@ def _section(plugin: Plugin, models: Mapping[str, Model]) -> str:
         if facts.defined_for is not None and (not facts.families or model.family in facts.families):
             reason = ask(plugin, model).reason
             notes += [f"Not on `{name}`: {escaped(reason)}."] if reason else []
+    if inspect.isclass(plugin.target):
+        notes.append("Must be fitted before it explains; its passes are not counted here.")
     if facts.iterative:
         notes.append("Found step by step, so that rounding grows: the kit compares its maps by their ranks.")
     if facts.check_params:
@@ -196,14 +199,14 @@ def counts_on(text: str) -> dict[str, dict[str, Passes]]:
 
 
 def count(plugins: Sequence[Plugin], models: Mapping[str, Model]) -> dict[str, dict[str, Passes]]:
-    """Run each explainer, where it is defined, on the image, and count its passes."""
+    """Run each explainer, where it is defined and needs no fit, on the image, and count its passes."""
     from faithmap.costs import ask, counted
 
     found: dict[str, dict[str, Passes]] = {plugin.name: {} for plugin in plugins}
     for name in MODELS:
         batch = example(models[name])
         for plugin in plugins:
-            if not ask(plugin, models[name]).reason:
+            if not ask(plugin, models[name]).reason and not inspect.isclass(plugin.target):
                 found[plugin.name][name] = counted(plugin, models[name], batch)
                 sys.stderr.write(f"{name}: {plugin.name} {_passes(found[plugin.name][name])}\n")
     return found
