@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 @explainer(
-    version=1, source="Poppi et al. 2021 (arXiv:2104.10252), sec. 3",
+    version=1, source="Poppi et al. 2021 (arXiv:2104.10252), Fake-CAM",
     class_specific=False, forwards=0, backwards=0, role="control",
 )  # fmt: skip
 def fake_cam(model: Model, batch: Batch) -> Maps:

@@ -47,7 +47,7 @@ def _uncounted(model: Model, images: Tensor) -> Tensor:
 
 
 @explainer(
-    version=1, source="Srinivas and Fleuret 2019 (arXiv:1905.00780), sec. 3 and 4",
+    version=1, source="Srinivas and Fleuret 2019 (arXiv:1905.00780), full gradients and FullGrad",
     families={"cnn"}, defined_for=_undefined, forwards=1, backwards=1,
 )  # fmt: skip
 def fullgrad(model: Model, batch: Batch, *, rescale: str = "layer") -> Maps:

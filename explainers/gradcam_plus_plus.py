@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 @explainer(
-    name="gradcam++", version=1, source="Chattopadhay et al. 2018 (arXiv:1710.11063), eq. 5, 15, 19",
+    name="gradcam++", version=1, source="Chattopadhay et al. 2018 (arXiv:1710.11063), eq. 5, 19, 20",
     forwards=1, backwards=1,
 )  # fmt: skip
 def gradcam_plus_plus(model: Model, batch: Batch, *, layer: str | None = None) -> Maps:

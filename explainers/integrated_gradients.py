@@ -32,6 +32,9 @@ def integrated_gradients(
     Signed and summed over the channels, so that a map adds up to the logit's gain over the black
     image, as far as the steps resolve it. Shape (B, H, W); unit: logit.
 
+    Published: black as the baseline of images, and 20 to 300 steps of equal size, which bring the sum
+    within 5% of the integral. 50 and the Gauss-Legendre rule are captum's defaults.
+
     Args:
         model: the model.
         batch: images with targets.

@@ -12,7 +12,10 @@ if TYPE_CHECKING:
 
 
 @explainer(
-    version=1, source="Jiang et al. 2021 (doi:10.1109/TIP.2021.3089943), sec. III", forwards=1, backwards=1
+    version=1,
+    source="Jiang et al. 2021 (doi:10.1109/TIP.2021.3089943), maps of one layer",
+    forwards=1,
+    backwards=1,
 )
 def layercam(model: Model, batch: Batch, *, layer: str | None = None) -> Maps:
     """Every cell of every channel weighted by its own positive gradient.

@@ -32,7 +32,7 @@ def _backwards(model: Model, params: Mapping[str, Any]) -> float:
 
 
 @explainer(
-    version=1, source="Fong and Vedaldi 2017 (arXiv:1704.03296), eq. 4 and sec. 4.3", forwards=_forwards,
+    version=1, source="Fong and Vedaldi 2017 (arXiv:1704.03296), the deletion game", forwards=_forwards,
     backwards=_backwards, check_params={"iterations": 8}, exact_cost=False, iterative=True,
 )  # fmt: skip
 def mask(
@@ -59,7 +59,7 @@ def mask(
     Published: 300 iterations at rate 0.1, area 1e-4, variation 1e-2, power 3, a grid of 28x28,
     blurs of 10 and 5 pixels at 224, shifts of 0 to 3 pixels, and the disc, whose radii and blurred
     rim are those of the authors' code. Lengths scale with the image's shorter side. The sums run
-    over the coarse grid; the power is taken along each axis as in eq. 4, where the authors' code
+    over the coarse grid; the power is taken along each axis as in the objective, where the authors' code
     takes it of the gradient's length. Shifts centre on zero (-2 to 1 pixels) and continue the
     border, where the authors cut from a larger image. All images of a batch are learned at once:
     Adam works entry by entry.

@@ -41,6 +41,10 @@ def occlusion(
 
     Shape (B, H, W); signed; unit: logit. All three channels are covered at once.
 
+    Published: a grey square, whose size is not stated, and the probability of the class over its
+    position. Here the logit is read, a pixel holds the mean of all squares on it, and the square is
+    black, 15 pixels wide and moved by 8 on an image of 224.
+
     Args:
         model: the model.
         batch: images with targets.

@@ -25,7 +25,7 @@ def _forwards(model: Model, params: Mapping[str, Any]) -> float:
 
 
 @explainer(
-    name="opti-cam", version=1, source="Zhang et al. 2023 (arXiv:2301.07002), eq. 8 to 11",
+    name="opti-cam", version=1, source="Zhang et al. 2023 (arXiv:2301.07002), the objective and its map",
     forwards=_forwards, backwards=_backwards, check_params={"iterations": 5}, exact_cost=False,
     iterative=True,
 )  # fmt: skip
@@ -42,9 +42,9 @@ def opti_cam(
 ) -> Maps:
     """Channels weighted so that the image, masked by their sum, has the highest score for the class.
 
-    S(u) = sum_k softmax(u)_k A^k (eq. 8), and u maximises F(u) = f_c(x n(up(S(u)))) (eq. 10), where
-    up is bilinear and n stretches a map to [0, 1] (eq. 4). Adam starts from u = 0, equal weights.
-    The map is the S of the last u on the features' grid (eq. 11), shifted and scaled as n does:
+    S(u) = sum_k softmax(u)_k A^k, and u maximises F(u) = f_c(x n(up(S(u)))), where
+    up is bilinear and n stretches a map to [0, 1]. Adam starts from u = 0, equal weights.
+    The map is the S of the last u on the features' grid, shifted and scaled as n does:
     enlarged to the image it is the mask that was optimised. Shape (B, h, w); in [0, 1] once enlarged,
     and zero where S is constant.
 

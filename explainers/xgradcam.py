@@ -11,7 +11,9 @@ if TYPE_CHECKING:
     from faithmap.models import Model
 
 
-@explainer(version=1, source="Fu et al. 2020 (arXiv:2008.02312), sec. 3", forwards=1, backwards=1)
+@explainer(
+    version=1, source="Fu et al. 2020 (arXiv:2008.02312), the weights of XGrad-CAM", forwards=1, backwards=1
+)
 def xgradcam(model: Model, batch: Batch, *, layer: str | None = None) -> Maps:
     """Channels weighted by their gradients, averaged with the features as weights.
 

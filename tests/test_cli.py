@@ -68,6 +68,51 @@ def test_lists_are_generated(kind: str, typed, capsys: pytest.CaptureFixture[str
         assert names == {entry["name"] for entry in entries}
 
 
+def test_the_list_of_explainers_carries_their_facts(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    file = tmp_path / "careless.py"
+    file.write_text(
+        "from faithmap import explainer\n"
+        "@explainer(version=1, source='nobody', forwards=lambda model, params: 1 / 0, backwards=2)\n"
+        'def careless(model, batch):\n    """No map."""\n'
+    )
+    before = dict(registry._plugins)
+    try:
+        assert cli.main(["list", "explainers", "--json", "--plugin", str(file)]) == 0
+    finally:
+        registry._plugins.clear()
+        registry._plugins.update(before)
+    found = {entry["name"]: entry for entry in json.loads(capsys.readouterr().out)}
+    rise, fullgrad, oracle, careless = (found[n] for n in ("rise", "fullgrad", "oracle", "careless"))
+    both = ("shapes/resnet", "shapes/vit")
+    assert rise["forwards"] == dict.fromkeys(both, 8000) and rise["backwards"] == dict.fromkeys(both, 0)
+    assert (
+        rise["exact_cost"] and rise["class_specific"] and not rise["iterative"] and rise["role"] == "method"
+    )
+    assert rise["params"]["n_masks"] == 8000 and rise["check_params"] == {"n_masks": 64}
+    assert rise["documentation"].startswith(rise["summary"].split(" with ")[0])
+    assert fullgrad["families"] == ["cnn"] and fullgrad["forwards"] == {
+        "shapes/resnet": 1,
+        "shapes/vit": None,
+    }
+    assert fullgrad["undefined"] == {"shapes/vit": "defined for cnn, not for vit"}
+    assert oracle["undefined"] == {} and oracle["needs"] == ["region"] and oracle["role"] == "control"
+    assert careless["backwards"] == dict.fromkeys(both, None)
+    assert "ZeroDivisionError" in careless["undefined"]["shapes/vit"]
+
+
+def test_the_list_of_explainers_fits_a_terminal() -> None:
+    from faithmap import listing
+
+    stream = io.StringIO()
+    listing.show("explainers", False, Console(file=stream, width=80), Console(file=io.StringIO()))
+    lines = stream.getvalue().splitlines()
+    assert max(map(len, lines)) <= 80
+    for plugin in registry.plugins("explainer"):
+        assert any(line.split(" ")[0] == plugin.name for line in lines), f"{plugin.name} is cut"
+
+
 def test_a_list_of_nothing_known(typed) -> None:  # type: ignore[no-untyped-def]
     code, shown = typed("list", "explainer")
     assert code == 2

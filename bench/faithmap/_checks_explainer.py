@@ -33,6 +33,7 @@ from faithmap._trial import (
     spread,
     tall,
 )
+from faithmap.costs import declared
 from faithmap.errors import PluginError
 from faithmap.explaining import bind
 
@@ -316,15 +317,15 @@ def check_cost(trial: Trial) -> None:
     """Images passed through the model, forwards and backwards, are as declared."""
     facts = trial.plugin.facts
     trial.maps()
-    if facts.forwards is None or facts.backwards is None:
+    stated = declared(trial.plugin, trial.original, trial.params)
+    if stated.forwards is None or stated.backwards is None:
         raise CheckSkipped("declares no forwards= and backwards=")
     for seen, count in ((trial.alone[0], 1), (trial.base, IMAGES)):
         trial.maps(seen, "on one image alone")
-        for name, fact, found in (
-            ("forwards", facts.forwards, seen.forwards),
-            ("backwards", facts.backwards, seen.backwards),
+        for name, each, found in (
+            ("forwards", stated.forwards, seen.forwards),
+            ("backwards", stated.backwards, seen.backwards),
         ):
-            each = float(fact(trial.original, dict(trial.params)) if callable(fact) else fact)
             if found > count * each or (facts.exact_cost and found != count * each):
                 bound = "" if facts.exact_cost else "at most "
                 raise fail(
@@ -401,7 +402,9 @@ PLUGIN_CHECKS: tuple[Check, ...] = (check_facts,)
 MODEL_CHECKS: tuple[Check, ...] = (
     check_maps, check_same_seed, check_batch, check_target, check_inputs, check_weights, check_gradients,
     check_flags, check_hooks, check_random_state, check_settings, check_frozen, check_bf16, check_sizes,
-    check_warnings, check_cost, check_interruption, check_fit, check_resume, check_memory,
+    check_warnings, check_cost, check_interruption, check_memory,
 )  # fmt: skip
+#: Asked on every model of explainers that are fitted first.
+FIT_CHECKS: tuple[Check, ...] = (check_fit, check_resume)
 #: Those that take long.
 SLOW_CHECKS: tuple[Check, ...] = (check_memory,)

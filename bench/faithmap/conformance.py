@@ -213,7 +213,9 @@ def check_names(kind: Kind) -> list[str]:
 
 def _checks(kind: Kind) -> list[Callable[[Any], str | None]]:
     if kind == "explainer":
-        return [*_checks_explainer.PLUGIN_CHECKS, *_checks_explainer.MODEL_CHECKS]
+        return [
+            *_checks_explainer.PLUGIN_CHECKS, *_checks_explainer.FIT_CHECKS, *_checks_explainer.MODEL_CHECKS
+        ]  # fmt: skip
     return [*(_checks_metric.CHECKS if kind == "metric" else _checks_dataset.CHECKS)]
 
 
@@ -271,8 +273,11 @@ def _trials(
     trials: list[tuple[str, Any, Sequence[Callable[[Any], str | None]]]] = [
         ("", Trial(plugin, params, "", None), _checks_explainer.PLUGIN_CHECKS)
     ]
+    checks = _checks_explainer.MODEL_CHECKS
+    if plugin.fits:
+        checks = _checks_explainer.FIT_CHECKS + checks
     for name, source in sources.items():
-        trials.append((name, Trial(plugin, params, name, source), _checks_explainer.MODEL_CHECKS))
+        trials.append((name, Trial(plugin, params, name, source), checks))
     return trials
 
 

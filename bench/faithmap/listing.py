@@ -17,6 +17,8 @@ from faithmap.errors import RequestError, nearest
 from faithmap.records import Kind
 
 KINDS = ("explainers", "metrics", "datasets", "models", "presets")
+#: Models on which `--json` and the reference tell what an explainer costs: a CNN and a transformer, embedded.
+MODELS = ("shapes/resnet", "shapes/vit")
 
 
 def load_plugins(files: Sequence[Path]) -> None:
@@ -57,12 +59,33 @@ def _plugin(plugin: registry.Plugin) -> dict[str, Any]:
             "families": sorted(facts.families) or ["cnn", "vit"],
             "class_specific": facts.class_specific,
             "needs": sorted(facts.needs),
+            "exact_cost": facts.exact_cost,
+            "iterative": facts.iterative,
+            "check_params": dict(facts.check_params),
+            "documentation": plugin.documentation,
         }
     elif facts.kind == "metric":
         entry |= {"scores": dict(facts.scores), "needs": sorted(facts.needs)}
     else:
         entry |= {"license": facts.license, "revision": facts.revision, "gives": sorted(facts.gives)}
     return entry
+
+
+def add_costs(found: Sequence[dict[str, Any]]) -> None:
+    """Add to the entries of explainers what they declare to cost, for each of `MODELS`.
+
+    `forwards` and `backwards` at default parameters are null where nothing is declared, and where the
+    explainer is not defined for the model; `undefined` then says why.
+    """
+    from faithmap.costs import ask
+    from faithmap.models import load_model
+
+    models = {name: load_model(name) for name in MODELS}
+    for entry in found:
+        said = {name: ask(registry.get("explainer", entry["name"]), model) for name, model in models.items()}
+        entry["forwards"] = {name: statement.passes.forwards for name, statement in said.items()}
+        entry["backwards"] = {name: statement.passes.backwards for name, statement in said.items()}
+        entry["undefined"] = {name: statement.reason for name, statement in said.items() if statement.reason}
 
 
 def _preset(name: str) -> dict[str, Any]:
@@ -97,16 +120,29 @@ def _models() -> list[dict[str, Any]]:
     return embedded + [{"name": name, "summary": summary} for name, summary in families]
 
 
+def brief(value: object) -> str:
+    """A parameter's value for people: floats to four digits.
+
+    >>> brief(15 / 224), brief(1e-06), brief(10.0), brief("zero"), brief(None)
+    ('0.06696', '1e-06', '10.0', 'zero', 'None')
+    """
+    if not isinstance(value, float):
+        return str(value)
+    return min(str(value), f"{value:.4g}", key=len) if value % 1 else str(value)
+
+
 def show(kind: str, as_json: bool, console: Console, errors: Console) -> int:
     """Print a list; 1 where a plugin file could not be loaded."""
     found = entries(kind)
     if as_json:
+        if kind == "explainers":
+            add_costs(found)
         # Not through rich, which would wrap long lines.
         sys.stdout.write(json.dumps(found, indent=2, ensure_ascii=False, default=str) + "\n")
     else:
         table = Table("name", "what it is", "parameters", box=None, header_style="bold", pad_edge=False)
         for entry in found:
-            params = ", ".join(f"{key}={value}" for key, value in entry.get("params", {}).items())
+            params = ", ".join(f"{key}={brief(value)}" for key, value in entry.get("params", {}).items())
             table.add_row(entry["name"], entry["summary"], params)
         console.print(table, markup=False, highlight=False)
     unloaded = {}

@@ -71,10 +71,14 @@ class Plugin:
         )
 
     @property
+    def documentation(self) -> str:
+        """The docstring, without its indentation."""
+        return inspect.getdoc(self.target) or ""
+
+    @property
     def summary(self) -> str:
         """The first sentence of the docstring."""
-        text = inspect.getdoc(self.target) or ""
-        return " ".join(text.split("\n\n")[0].split())
+        return " ".join(self.documentation.split("\n\n")[0].split())
 
     def file_sha256(self) -> str:
         """SHA-256 of the plugin's file: a change of the code changes the keys of what it computed."""

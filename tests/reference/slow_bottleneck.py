@@ -162,7 +162,7 @@ def enlarge(plane: Array, size: tuple[int, int]) -> Array:
 
 
 def combined(u: Array, features: Array) -> Array:
-    """Zhang et al. 2023, eq. 8, with the identity for h."""
+    """Zhang et al. 2023: features summed with the weights softmax(u)."""
     powers = np.exp(u - u.max())
     total = np.zeros(features.shape[1:])
     for k in range(len(u)):
@@ -173,7 +173,7 @@ def combined(u: Array, features: Array) -> Array:
 def opti_cam_objective(
     predict: Callable[[Array], Array], target: int, image: Array, features: Array, u: Array
 ) -> float:
-    """Zhang et al. 2023, eq. 10 with eq. 4: the target's logit on the masked image (3, H, W)."""
+    """Zhang et al. 2023, the objective: the target's logit on the masked image (3, H, W)."""
     mask = enlarge(combined(u, features), (image.shape[1], image.shape[2]))
     mask = (mask - mask.min()) / (mask.max() - mask.min())
     return float(predict(image * mask)[target])

@@ -114,7 +114,7 @@ def enlarged(low: Array, height: int, width: int) -> Array:
 def deletion_loss(
     probability: Score, image: Array, low: Array, area: float, variation: float, power: float
 ) -> float:
-    """Fong and Vedaldi 2017, eq. 4, without shifts."""
+    """Fong and Vedaldi 2017, the objective, without shifts."""
     rows, columns = low.shape
     loss = 0.0
     for i in range(rows):
