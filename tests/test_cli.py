@@ -194,6 +194,11 @@ class TestCompare:
         code, shown = typed("compare", finished)
         assert code == 0
         assert "nothing to compare: no published table shares three methods and a score" in shown
+        assert "--with SOURCE:TABLE" in shown
+        code, shown = typed("compare", finished, "--with", "scan-2026:table2")
+        assert code == 0
+        assert "scan-2026:table2, ResNet50V2 on ImageNet, not with shapes/resnet" in shown
+        assert "fewer than three methods in both (none)" in shown
 
     def test_wrong_requests_are_one_sentence(self, finished: Path, typed, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
         for words, message in (

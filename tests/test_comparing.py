@@ -195,7 +195,7 @@ class TestShares:
 class TestNames:
     def test_gradient_is_saliency(self) -> None:
         names = ("saliency", "smoothgrad", "integrated-gradients", "gradcam")
-        made = manifest(names, [metric("energy-pointing-game", {"most_share": 0.5}, "energy_pg")])
+        made = manifest(names, [metric("energy-pointing-game", {"most_share": 0.5, "only_correct": True}, "energy_pg")])
         rows = planted(falling(names), score="energy_pg", spec="energy-pointing-game/1")
         found = only(sections(rows, made, "score-cam-2020:table3"))
         assert {beside.method: beside.label for beside in found.methods}["gradient"] == "saliency"

@@ -42,7 +42,7 @@ def compare(runs: Sequence[Path], wanted: Sequence[str], out: Path | None, conso
     from faithmap.comparing import chosen_figures
     from faithmap.comparing import compare as set_beside
     from faithmap.evidence import read_evidence
-    from faithmap.report.comparison import comparison_table, render_comparison
+    from faithmap.report.comparison import comparison_table, reasons_by_section, render_comparison
 
     if out is not None and out.suffix != ".md":
         raise RequestError(f"--out {out}: the page is Markdown; give a file that ends in .md")
@@ -55,6 +55,11 @@ def compare(runs: Sequence[Path], wanted: Sequence[str], out: Path | None, conso
         console.print(comparison_table(sections))
     else:
         console.print("nothing to compare: no published table shares three methods and a score with this run")
+    left = reasons_by_section(sections)
+    for line in left if wanted else []:
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
+    if left and not wanted:
+        console.print(f"not compared: {len(left)} more; --with SOURCE:TABLE or the page (--out) says why")
     if out is not None:
         write_bytes(out, render_comparison(sections).encode())
         console.print(f"wrote {out}", markup=False, highlight=False, soft_wrap=True)

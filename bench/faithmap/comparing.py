@@ -202,26 +202,38 @@ def _comparison(
     if len(labels) < LEAST_METHODS:
         both = ", ".join(labels) or "none"
         return f"fewer than three methods in both ({both})"
-    sign = 1.0 if column.direction == "higher" else -1.0
+    return _set_beside(cell, column, reading, score, published, labels, absent, resamples)
+
+
+def _set_beside(
+    cell: Evidence,
+    column: Column,
+    reading: Reading,
+    score: str,
+    published: Mapping[str, float],
+    labels: Mapping[str, str],
+    absent: Mapping[str, str],
+    resamples: int,
+) -> Comparison:
+    """The comparison of methods that are in both; `labels` are their lines in the run."""
+    sign, seed = (1.0 if column.direction == "higher" else -1.0), run_seed(cell)
     ordered = sorted(labels, key=lambda method: -sign * published[method])
-    values = complete([cell.score(labels[method], score) for method in ordered])
-    seed = run_seed(cell)
     printed = np.array([published[method] for method in ordered])
+    values = complete([cell.score(labels[method], score) for method in ordered])
     tau = stats.order_agreement(
         sign * printed, sign * values, tolerance=ROUNDING, resamples=resamples, seed=seed
     )
     apart = stats.paired_differences(values, resamples=resamples, seed=seed)
     pairs = tuple(
-        _pair(ordered[i], ordered[j], printed[i] - printed[j], sign, *numbers)
+        _pair(ordered[i], ordered[j], float(printed[i] - printed[j]), *numbers)
         for i, j, *numbers in zip(*(part.tolist() for part in apart), strict=True)
     )
     shown = estimates(cell, [labels[method] for method in ordered], [score], resamples, seed)
-    means = sign * values.mean(axis=-1)
+    there, here = sign * printed, sign * values.mean(axis=-1)
     methods = tuple(
         Beside(
             method, labels[method], published[method], shown[labels[method], score],
-            1 + int((sign * printed > sign * printed[place]).sum()),
-            1 + int((means > means[place] + ROUNDING).sum()),
+            1 + int((there > there[place]).sum()), 1 + int((here > here[place] + ROUNDING).sum()),
         )
         for place, method in enumerate(ordered)
     )  # fmt: skip
@@ -229,12 +241,12 @@ def _comparison(
 
 
 def _pair(
-    first: str, second: str, printed: float, sign: float, value: float, low: float, high: float, decided: int
+    first: str, second: str, printed: float, value: float, low: float, high: float, decided: int
 ) -> Pair:
     verdict: Verdict = "undecided"
     if printed and decided and abs(value) > ROUNDING:
         verdict = "agree" if np.sign(printed) == decided else "disagree"
-    return Pair(first, second, float(printed), value, low, high, verdict, not printed)
+    return Pair(first, second, printed, value, low, high, verdict, not printed)
 
 
 def _answer(cell: Evidence, column: Column) -> tuple[Reading, str] | None:

@@ -50,7 +50,7 @@ class Reading:
     def title(self, manifest: Mapping[str, Any]) -> str | None:
         """The score's name in a run's rows; None where the run did not ask for it."""
         for entry in manifest.get("metrics", ()):
-            if entry["name"] == self.metric and self.params.items() <= dict(entry["params"]).items():
+            if entry["name"] == self.metric and self.params.items() <= dict(entry.get("params", {})).items():
                 return variant_title(self.score, entry.get("variant", ""))
         return None
 

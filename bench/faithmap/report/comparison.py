@@ -243,7 +243,7 @@ def _reading(section: Section, comparison: Comparison) -> list[str]:
 def _params(section: Section, comparison: Comparison) -> str:
     for entry in section.cell.manifest.get("metrics", ()):
         if entry["name"] == comparison.reading.metric and comparison.score in entry.get("scores", ()):
-            given = ", ".join(f"{key} = {value}" for key, value in dict(entry["params"]).items())
+            given = ", ".join(f"{key} = {value}" for key, value in dict(entry.get("params", {})).items())
             return f" ({given})" if given else ""
     return ""
 
@@ -324,6 +324,17 @@ def _reasons(missing: Mapping[str, str]) -> str:
     if len(columns) == 1:
         return plain(next(iter(columns)))
     return "; ".join(f"{', '.join(map(code, names))}: {plain(reason)}" for reason, names in columns.items())
+
+
+def reasons_by_section(sections: Sequence[Section]) -> list[str]:
+    """One sentence for each set of figures that some run could be, but this one is not, compared with."""
+    return [
+        f"{section.figures.source}:{section.figures.table}, {section.figures.model.name} on "
+        f"{section.figures.images.name}, not with {section.cell.model} on {section.cell.dataset}: "
+        + "; ".join(dict.fromkeys(section.missing.values()))
+        for section in sections
+        if not section.comparisons and not never(section.publication, section.figures)
+    ]
 
 
 def comparison_table(sections: Sequence[Section]) -> Table:
