@@ -206,8 +206,9 @@ class TestCompare:
             ([finished, "--with", "scan"], "no figures of 'scan' are kept here"),
             ([finished, "--with", "scan-2026:table6"], "cannot be set beside a board: fewer than three"),
             ([finished, "--out", tmp_path / "page.html"], "give a file that ends in .md"),
+            ([finished, "--out", finished / "manifest.json" / "page.md"], "name another file"),
         ):
             code, shown = typed("compare", *words)
             assert code == 2
             assert message in shown
-            assert shown.count("\n") == 1
+            assert shown.splitlines()[-1].startswith("faithmap: ")

@@ -195,7 +195,9 @@ class TestShares:
 class TestNames:
     def test_gradient_is_saliency(self) -> None:
         names = ("saliency", "smoothgrad", "integrated-gradients", "gradcam")
-        made = manifest(names, [metric("energy-pointing-game", {"most_share": 0.5, "only_correct": True}, "energy_pg")])
+        made = manifest(
+            names, [metric("energy-pointing-game", {"most_share": 0.5, "only_correct": True}, "energy_pg")]
+        )
         rows = planted(falling(names), score="energy_pg", spec="energy-pointing-game/1")
         found = only(sections(rows, made, "score-cam-2020:table3"))
         assert {beside.method: beside.label for beside in found.methods}["gradient"] == "saliency"
@@ -298,6 +300,11 @@ class TestScope:
         nearest = sections(rows, made, "scan-2026:table1")
         assert [s.figures.images.key for s in nearest if s.comparisons] == ["food-101"]
         assert nearest[0].missing == {"": "other images; the table also has figures for Food-101"}
+
+    def test_what_no_run_has_measured_is_no_section(self) -> None:
+        made = manifest(PRINTED)
+        made["request"]["datasets"] = ["elsewhere", "shapes"]
+        assert [s.cell.dataset for s in sections(planted(falling(PRINTED)), made)] == ["shapes"]
 
     def test_two_methods_are_no_order(self) -> None:
         names = ("layercam", "gradcam++")

@@ -61,7 +61,12 @@ def compare(runs: Sequence[Path], wanted: Sequence[str], out: Path | None, conso
     if left and not wanted:
         console.print(f"not compared: {len(left)} more; --with SOURCE:TABLE or the page (--out) says why")
     if out is not None:
-        write_bytes(out, render_comparison(sections).encode())
+        try:
+            write_bytes(out, render_comparison(sections).encode())
+        except OSError as error:
+            raise RequestError(
+                f"cannot write {out} ({error.strerror or error}); name another file"
+            ) from error
         console.print(f"wrote {out}", markup=False, highlight=False, soft_wrap=True)
     return 0
 

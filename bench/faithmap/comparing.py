@@ -138,10 +138,14 @@ def compare(
     *,
     resamples: int = stats.RESAMPLES,
 ) -> list[Section]:
-    """Every model and set of images of a run beside every set of figures, in the order of both."""
+    """Every model and set of images of a run beside every set of figures, in the order of both.
+
+    Runs that are read together may pair models with images that none of them has; these are left out.
+    """
     return [
         _section(cell, source, figures, _other_images(cell, figures, wanted), resamples)
-        for cell in cells for source, figures in wanted
+        for cell in cells if cell.images
+        for source, figures in wanted
     ]  # fmt: skip
 
 
