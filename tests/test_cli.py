@@ -222,3 +222,38 @@ def test_the_doctor_names_versions_and_states(typed, tmp_path: Path, monkeypatch
     assert code == 0, shown
     for word in ("faithmap", "torch", "torchvision", "cpu", "explainers", "hub cache"):
         assert word in shown
+
+
+class TestCompare:
+    BOARD = Path(__file__).parents[1] / "results" / "imagenet-val-sample"
+
+    def test_a_board_beside_one_table(self, typed, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+        code, shown = typed("compare", self.BOARD, "--with", "scan-2026:table2", "--out", tmp_path / "a.md")
+        assert code == 0
+        assert "scan-2026:table2 auc_d, ResNet50V2" in shown and "score-cam-2020" not in shown
+        assert f"wrote {tmp_path / 'a.md'}" in shown
+        page = (tmp_path / "a.md").read_text(encoding="utf-8")
+        assert page.startswith("# Beside the papers' tables\n") and "score-cam-2020" not in page
+
+    def test_nothing_in_common(self, finished: Path, typed) -> None:  # type: ignore[no-untyped-def]
+        code, shown = typed("compare", finished)
+        assert code == 0
+        assert "nothing to compare: no published table shares three methods and a score" in shown
+        assert "--with SOURCE:TABLE" in shown
+        code, shown = typed("compare", finished, "--with", "scan-2026:table2")
+        assert code == 0
+        assert "scan-2026:table2, ResNet50V2 on ImageNet, not with shapes/resnet" in shown
+        assert "fewer than three methods in both (none)" in shown
+
+    def test_wrong_requests_are_one_sentence(self, finished: Path, typed, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+        for words, message in (
+            ([tmp_path], "holds no run"),
+            ([finished, "--with", "scan"], "no figures of 'scan' are kept here"),
+            ([finished, "--with", "scan-2026:table6"], "cannot be set beside a board: fewer than three"),
+            ([finished, "--out", tmp_path / "page.html"], "give a file that ends in .md"),
+            ([finished, "--out", finished / "manifest.json" / "page.md"], "name another file"),
+        ):
+            code, shown = typed("compare", *words)
+            assert code == 2
+            assert message in shown
+            assert shown.splitlines()[-1].startswith("faithmap: ")

@@ -84,6 +84,9 @@ class TestWheel:
         [
             "faithmap/py.typed",
             "faithmap/presets/quickstart.toml",
+            "faithmap/published/mapping.csv",
+            "faithmap/published/sources.csv",
+            "faithmap/published/*-20??.csv",
             "faithmap/zoo/*.json",
             "faithmap/zoo/*.safetensors",
         ],

@@ -8,13 +8,16 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
+from rich.console import Console
 
+from faithmap import boards
 from faithmap.folders import read_run
 from faithmap.leaderboard import build_board, write_boards
 from faithmap.records import REFERENCE_NULL
 
 RESULTS = Path(__file__).parents[1] / "results"
 BOARDS = sorted(folder.parent.name for folder in RESULTS.glob("*/manifest.json"))
+COMPARED = sorted(page.parent.name for page in RESULTS.glob("*/published.md"))
 
 
 def test_the_quickstart_is_published() -> None:
@@ -32,13 +35,25 @@ def test_a_board_is_rebuilt_from_its_rows_byte_for_byte(name: str, tmp_path: Pat
         assert (tmp_path / file).read_bytes() == (held / file).read_bytes(), file
 
 
+@pytest.mark.parametrize("name", COMPARED)
+def test_a_page_beside_the_papers_tables_is_rebuilt_byte_for_byte(name: str, tmp_path: Path) -> None:
+    page = tmp_path / "published.md"
+    assert boards.compare([RESULTS / name], [], page, Console(quiet=True)) == 0
+    assert page.read_bytes() == (RESULTS / name / "published.md").read_bytes()
+
+
+def test_a_board_of_published_methods_stands_beside_the_papers() -> None:
+    assert "imagenet-val-sample" in COMPARED
+
+
 @pytest.mark.parametrize("name", BOARDS)
 def test_a_board_names_what_it_was_made_of(name: str) -> None:
     rows, manifest = read_run(RESULTS / name)
     assert manifest["command"].startswith("faithmap run")
     assert manifest["commit"] and manifest["dirty"] is False
     assert set(manifest["identity"]["weights"]) == set(rows["model"])
-    text = (RESULTS / name / "manifest.json").read_text() + (RESULTS / name / "leaderboard.md").read_text()
+    files = ("manifest.json", "leaderboard.md", *(["published.md"] if name in COMPARED else []))
+    text = "".join((RESULTS / name / file).read_text(encoding="utf-8") for file in files)
     for word in ("/work", "/home", "/root", "/tmp"):
         assert word not in text, f"{name} names a path of the machine it was made on"
 

@@ -37,6 +37,40 @@ def rebuild(runs: Sequence[Path], out: Path | None, console: Console) -> int:
     return 0
 
 
+def compare(runs: Sequence[Path], wanted: Sequence[str], out: Path | None, console: Console) -> int:
+    """Set a run's order of methods beside the published ones; write the page where one is named."""
+    from faithmap.comparing import chosen_figures
+    from faithmap.comparing import compare as set_beside
+    from faithmap.evidence import read_evidence
+    from faithmap.report.comparison import comparison_table, reasons_by_section, render_comparison
+
+    if out is not None and out.suffix != ".md":
+        raise RequestError(f"--out {out}: the page is Markdown; give a file that ends in .md")
+    figures = chosen_figures(wanted)
+    rows, manifest = read_runs(runs)
+    if rows.empty:
+        raise RequestError(f"{runs[0]} holds no rows yet; run it first")
+    sections = set_beside(read_evidence(rows, manifest), figures)
+    if any(section.comparisons for section in sections):
+        console.print(comparison_table(sections))
+    else:
+        console.print("nothing to compare: no published table shares three methods and a score with this run")
+    left = reasons_by_section(sections)
+    for line in left if wanted else []:
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
+    if left and not wanted:
+        console.print(f"not compared: {len(left)} more; --with SOURCE:TABLE or the page (--out) says why")
+    if out is not None:
+        try:
+            write_bytes(out, render_comparison(sections).encode())
+        except OSError as error:
+            raise RequestError(
+                f"cannot write {out} ({error.strerror or error}); name another file"
+            ) from error
+        console.print(f"wrote {out}", markup=False, highlight=False, soft_wrap=True)
+    return 0
+
+
 def copy_heatmaps(run: Path, out: Path) -> None:
     """Take along the figures that a board cannot draw, having neither images nor maps."""
     for file in sorted((run / "figures").glob("heatmaps-*.png")):

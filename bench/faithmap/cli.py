@@ -1,4 +1,4 @@
-"""The command line: `faithmap run`, `leaderboard`, `list`, `explain`, `train`, `check`, `new`, and more.
+"""The command line: `faithmap run`, `leaderboard`, `compare`, `explain`, `train`, `check`, `new`, and more.
 
 Exit codes: 0 done; 1 something failed (listed, with reasons); 2 the request was wrong (one
 sentence, no traceback); 130 interrupted (run the same command again to go on).
@@ -148,6 +148,34 @@ def leaderboard(
     from faithmap import boards
 
     _exit(boards.rebuild(runs, out, OUT))
+
+
+@app.command()
+def compare(
+    runs: Annotated[
+        list[Path], typer.Argument(metavar="RUN_DIR...", help="Folders that `faithmap run` wrote.")
+    ],
+    with_: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--with",
+            metavar="SOURCE[:TABLE]",
+            help="Published figures to compare with, such as scan-2026:table1 (repeatable); by default all.",
+        ),
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Write the whole comparison to this Markdown file.")
+    ] = None,
+) -> None:
+    """Set the order of methods beside the orders that papers print, from the stored rows alone.
+
+    Published tables of CNNs stand beside CNNs, those of transformers beside transformers, where both
+    have three methods and a score in common. Prints how far the orders agree; the page names the pairs
+    that disagree, and in what each table differs from the run.
+    """
+    from faithmap import boards
+
+    _exit(boards.compare(runs, with_ or [], out, OUT))
 
 
 @app.command("list")

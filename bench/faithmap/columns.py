@@ -46,6 +46,17 @@ def base_score(score: str) -> str:
     return score.partition("@")[0]
 
 
+def variant_title(score: str, variant: str) -> str:
+    """The name that a score has in the rows when its metric is asked for as a variant.
+
+    >>> variant_title("auc_d", "blur"), variant_title("auc_d@label", "blur"), variant_title("area", "")
+    ('auc_d@blur', 'auc_d@label-blur', 'area')
+    """
+    if not variant:
+        return score
+    return f"{score}-{variant}" if "@" in score else f"{score}@{variant}"
+
+
 def column_of(score: str) -> str:
     """The board's column of a score in the rows.
 

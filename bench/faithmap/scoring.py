@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from faithmap.batch import Batch, Maps, Scored, Values
+from faithmap.columns import variant_title
 from faithmap.errors import PluginError, RequestError
 from faithmap.explaining import MapSet, describe, guarded
 from faithmap.models import Model
@@ -38,9 +39,7 @@ class MetricUse:
 
     def title(self, score: str) -> str:
         """The name of a score in the rows: `auc_d`, `auc_d@label`, `auc_d@blur`, `auc_d@label-blur`."""
-        if not self.variant:
-            return score
-        return f"{score}-{self.variant}" if "@" in score else f"{score}@{self.variant}"
+        return variant_title(score, self.variant)
 
     @property
     def scores(self) -> dict[str, Direction]:

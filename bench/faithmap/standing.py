@@ -167,30 +167,46 @@ def _put(line: Line, column: str, value: float, low: float, high: float) -> None
 def _add_estimates(
     cell: Evidence, lines: Mapping[str, Line], labels: Sequence[str], resamples: int, seed: int
 ) -> None:
-    """Every score of the rows: means with intervals, medians of times, the largest memory."""
+    for (label, score), numbers in estimates(cell, labels, cell.scores, resamples, seed).items():
+        _put(lines[label], column_of(score), *numbers)
+
+
+def estimates(
+    cell: Evidence,
+    labels: Sequence[str],
+    scores: Sequence[str],
+    resamples: int = stats.RESAMPLES,
+    seed: int = 0,
+) -> dict[tuple[str, str], tuple[float, float, float]]:
+    """Value and bounds by label and score, as boards print them; without what was not measured.
+
+    Means with intervals, medians of times with quartiles, the largest memory without bounds.
+    """
+    found: dict[tuple[str, str], tuple[float, float, float]] = {}
     series: dict[bytes, list[tuple[str, str]]] = {}
     for label in labels:
-        for score in cell.scores:
+        for score in scores:
             values = cell.score(label, score)
             known = np.isfinite(values)
-            data, column = values[known], column_of(score)
+            data = values[known]
             if not data.size:
                 continue
             if is_time(score):
                 timings = cell.timings.get((label, score), data)
-                _put(lines[label], column, *np.quantile(timings, [0.5, 0.25, 0.75]).tolist())
+                median, low, high = np.quantile(timings, [0.5, 0.25, 0.75]).tolist()
+                found[label, score] = median, low, high
             elif base_score(score) == "peak_mb":
-                lines[label][column] = float(data.max())
+                found[label, score] = float(data.max()), float("nan"), float("nan")
             elif score in cell.hit_value:
-                _put(lines[label], column, *_hit_estimate(data, cell.hit_value[score]))
+                found[label, score] = _hit_estimate(data, cell.hit_value[score])
             else:
                 series.setdefault(known.tobytes(), []).append((label, score))
     for pattern, members in series.items():
         known = np.frombuffer(pattern, np.bool_)
         block = np.array([cell.score(label, score)[known] for label, score in members])
-        found = stats.bca(block, resamples=resamples, seed=seed)
-        for (label, score), *numbers in zip(members, *(part.tolist() for part in found), strict=True):
-            _put(lines[label], column_of(score), *numbers)
+        mean, low, high = (part.tolist() for part in stats.bca(block, resamples=resamples, seed=seed))
+        found |= dict(zip(members, zip(mean, low, high, strict=True), strict=True))
+    return found
 
 
 def _hit_estimate(values: FloatArray, hit: float) -> tuple[float, float, float]:

@@ -53,6 +53,19 @@ class Ranking(NamedTuple):
         return np.asarray(self.better | self.better.T)
 
 
+class Differences(NamedTuple):
+    """Mean differences of pairs of methods, the first less the second, with simultaneous bounds."""
+
+    #: (P,) positions of the two methods.
+    first: IntArray
+    second: IntArray
+    value: FloatArray
+    low: FloatArray
+    high: FloatArray
+    #: (P,) 1 or -1 where the pair is decided, else 0.
+    sign: IntArray
+
+
 def wilson(successes: npt.ArrayLike, n: npt.ArrayLike, level: float = LEVEL) -> tuple[FloatArray, FloatArray]:
     """Wilson's score interval of a proportion, as two arrays in [0, 1]; NaN where n is 0.
 
@@ -290,26 +303,55 @@ def rank_intervals(
     return Ranking(rank, 1 + better.sum(axis=0), count - better.sum(axis=1), better)
 
 
+def paired_differences(
+    values: npt.ArrayLike, level: float = LEVEL, resamples: int = RESAMPLES, seed: int = 0
+) -> Differences:
+    """Mean differences of all pairs of methods (M, n) over shared images, with simultaneous intervals.
+
+    The family, its studentised bootstrap and the pairs that are left out of it are those of
+    `rank_intervals`: an interval excludes zero exactly where that function decides the pair. A pair
+    left out, which too few images tell apart, has NaN bounds.
+    """
+    data = np.atleast_2d(np.asarray(values, np.float64))
+    if not np.isfinite(data).all():
+        raise ValueError("paired_differences was given values that are not finite; give shared images only")
+    first, second = np.triu_indices(len(data), 1)
+    n = data.shape[-1]
+    if not n or not first.size:
+        unknown = np.full(first.size, np.nan)
+        return Differences(first, second, unknown, unknown.copy(), unknown.copy(), np.zeros_like(first))
+    apart = data[first] - data[second]
+    testable, critical = _simultaneous(apart, level, resamples, seed)
+    total, squares = apart.sum(axis=-1), (apart**2).sum(axis=-1)
+    half = np.where(testable, critical * np.sqrt(_variance(total, squares, n)), np.nan)
+    sign = _signs(apart, testable, critical)
+    return Differences(first, second, total / n, total / n - half, total / n + half, sign)
+
+
 def _decided_pairs(differences: FloatArray, level: float, resamples: int, seed: int) -> IntArray:
     """Sign (P,) of each pair's mean difference (P, n) where it is significant, else 0."""
+    return _signs(differences, *_simultaneous(differences, level, resamples, seed))
+
+
+def _simultaneous(
+    differences: FloatArray, level: float, resamples: int, seed: int
+) -> tuple[BoolArray, float]:
+    """Which pairs (P, n) belong to the family, and the |t| that its largest exceeds by chance."""
     pairs, n = differences.shape
     differing = (differences != 0).sum(axis=-1)
     testable = np.exp2(1.0 - differing) <= (1 - level) / pairs
-    signs = np.zeros(pairs, np.int64)
-    if not testable.any():
-        return signs
-    family = differences[testable]
-    total, squares = family.sum(axis=-1), (family**2).sum(axis=-1)
-    constant = _variance(total, squares, n) == 0
-    signs_family = np.where(constant, np.sign(total), 0.0)
-    if (~constant).any():
-        moving = family[~constant]
-        statistic = _studentised(total[~constant], squares[~constant], n, 0.0)
-        largest = np.concatenate(list(_largest_t(moving, resamples, seed)))
-        critical = np.quantile(largest, level, method="higher")
-        signs_family[~constant] = np.where(np.abs(statistic) > critical, np.sign(statistic), 0.0)
-    signs[testable] = signs_family.astype(np.int64)
-    return signs
+    moving = testable & (_variance(differences.sum(axis=-1), (differences**2).sum(axis=-1), n) > 0)
+    if not moving.any():
+        return testable, 0.0
+    largest = np.concatenate(list(_largest_t(differences[moving], resamples, seed)))
+    return testable, float(np.quantile(largest, level, method="higher"))
+
+
+def _signs(differences: FloatArray, testable: BoolArray, critical: float) -> IntArray:
+    """The sign of each pair's mean where its |t| is critical; a shift without any spread always is."""
+    total, squares = differences.sum(axis=-1), (differences**2).sum(axis=-1)
+    statistic = _studentised(total, squares, differences.shape[-1], 0.0)
+    return np.where(testable & (np.abs(statistic) > critical), np.sign(total), 0.0).astype(np.int64)
 
 
 def _largest_t(differences: FloatArray, resamples: int, seed: int) -> Iterator[FloatArray]:
@@ -334,6 +376,46 @@ def _studentised(total: FloatArray, squares: FloatArray, n: int, centre: FloatAr
     shift = (total - centre) / n
     with np.errstate(divide="ignore", invalid="ignore"):
         return np.where(shift == 0, 0.0, shift / error)
+
+
+def order_agreement(
+    reference: npt.ArrayLike,
+    values: npt.ArrayLike,
+    *,
+    tolerance: float = 0.0,
+    level: float = LEVEL,
+    resamples: int = RESAMPLES,
+    seed: int = 0,
+) -> tuple[float, float, float]:
+    """Kendall's tau-b of a fixed order (M,) with that of the means (M, n), and its percentile bounds.
+
+    The images are resampled, the same for all methods; the reference is taken as it is. Means that
+    differ by no more than `tolerance` are tied. NaN where either side ties all methods, and bounds
+    are NaN below two images. The bounds are values that tau can take: the outer ones of the two
+    replicates next to each quantile. Source: Kendall 1945.
+    """
+    data = np.atleast_2d(np.asarray(values, np.float64))
+    fixed = np.asarray(reference, np.float64)
+    first, second = np.triu_indices(len(data), 1)
+    order = np.sign(fixed[first] - fixed[second])
+    n = data.shape[-1]
+
+    def tau(sums: FloatArray) -> FloatArray:
+        apart = sums[first] - sums[second]
+        found = np.where(np.abs(apart) > tolerance * n, np.sign(apart), 0.0)
+        scale = np.sqrt((order**2).sum() * (found**2).sum(axis=0))
+        with np.errstate(divide="ignore", invalid="ignore"):
+            return np.asarray((order @ found) / scale)
+
+    point = float(tau(data.sum(axis=-1)))
+    if n < 2:
+        return point, math.nan, math.nan
+    drawn = tau(resampled_sums(data, resamples, seed))
+    drawn = drawn[np.isfinite(drawn)]
+    if not drawn.size or math.isnan(point):
+        return point, math.nan, math.nan
+    low = np.quantile(drawn, (1 - level) / 2, method="lower")
+    return point, float(low), float(np.quantile(drawn, (1 + level) / 2, method="higher"))
 
 
 def letter_groups(decided: npt.ArrayLike) -> list[str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pandas as pd
@@ -72,6 +72,27 @@ def heading(column: str) -> str:
         if column.startswith(f"{root}_"):
             return f"{HEADINGS[root]}, {column[len(root) + 1 :].replace('_', ' ')}"
     return column.replace("_", " ")
+
+
+def count(n: int, noun: str) -> str:
+    """A number with its noun, in the plural unless it is one.
+
+    >>> count(1, "image"), count(0, "image")
+    ('1 image', '0 images')
+    """
+    return f"{n} {noun}" if n == 1 else f"{n} {noun}s"
+
+
+def code(name: Any) -> str:
+    """A name as Markdown code that no name can break out of."""
+    text = " ".join(str(name).split()).replace("|", "\\|").replace("`", "'")
+    return f"`{text}`"
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -> str:
+    """A Markdown table, its first `left` columns flush left and the others right."""
+    rule = [":--"] * left + ["--:"] * (len(header) - left)
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in [header, rule, *rows])
 
 
 def file_stem(*names: str) -> str:

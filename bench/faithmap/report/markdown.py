@@ -13,12 +13,15 @@ from faithmap.report._format import (
     DASH,
     bounds,
     by_rank,
+    code,
+    count,
     file_stem,
     heading,
     known,
     number,
     rank_text,
     records,
+    table,
 )
 from faithmap.report._provenance import legend, plain, provenance, unreliable
 
@@ -58,25 +61,21 @@ def render_markdown(
 def _introduction(manifest: Mapping[str, Any]) -> str:
     request = manifest["request"]
     return (
-        f"{len(request['explainers'])} explainers, {_count(len(request['models']), 'model')}, "
-        f"{_count(len(request['datasets']), 'dataset')}, scored by faithmap {manifest.get('version', '?')}. "
+        f"{len(request['explainers'])} explainers, {count(len(request['models']), 'model')}, "
+        f"{count(len(request['datasets']), 'dataset')}, scored by faithmap {manifest.get('version', '?')}. "
         "Brackets are 95% intervals; methods that share a letter under *Ties* are not told apart. "
         "**Bold** is the best of the ranked methods in a column. What the columns mean stands "
         "[below](#what-the-columns-mean), what was run [at the end](#provenance)."
     )
 
 
-def _count(n: int, noun: str) -> str:
-    return f"{n} {noun}" if n == 1 else f"{n} {noun}s"
-
-
-def _across(table: pd.DataFrame) -> list[str]:
-    cells = [column for column in table.columns if column not in ("explainer", "consistent", "above_null")]
-    header = ["Explainer", *(_code(cell) for cell in cells), "Same order", "Above null"]
+def _across(places: pd.DataFrame) -> list[str]:
+    cells = [column for column in places.columns if column not in ("explainer", "consistent", "above_null")]
+    header = ["Explainer", *(code(cell) for cell in cells), "Same order", "Above null"]
     lines = [
-        [_code(line["explainer"]), *(line[cell] or DASH for cell in cells),
+        [code(line["explainer"]), *(line[cell] or DASH for cell in cells),
          f"{line['consistent']:.0f}%" if known(line["consistent"]) else "", line["above_null"]]
-        for line in records(table)
+        for line in records(places)
     ]  # fmt: skip
     note = (
         "*Same order*: the share of the other methods against which a method's order is the same in "
@@ -84,7 +83,7 @@ def _across(table: pd.DataFrame) -> list[str]:
         "reference null is positive with its whole interval. The cells are taken as they are: this "
         "says nothing of other models or other data."
     )
-    return ["## Ranks across cells", _table(header, lines), note]
+    return ["## Ranks across cells", table(header, lines), note]
 
 
 def _section(
@@ -93,14 +92,14 @@ def _section(
     measured = [line for line in lines if any(known(line[column]) for column in MAIN_SCORES)]
     methods = sorted((line for line in measured if _is_method(line)), key=by_rank)
     others = [line for line in measured if not _is_method(line)]
-    parts = [f"## {_code(cell.model)} on {_code(cell.dataset)}", _conditions(cell)]
+    parts = [f"## {code(cell.model)} on {code(cell.dataset)}", _conditions(cell)]
     if methods:
         parts.append(_main_table(methods, methods, manifest))
     if others:
         parts += ["### Controls and nulls (never ranked)", _main_table(others, methods, manifest)]
     left_out = [line for line in lines if line["status"] not in ("ok", "control", "null")]
     if left_out:
-        reasons = [f"- {_code(line['explainer'])}: {plain(line['status'])}" for line in left_out]
+        reasons = [f"- {code(line['explainer'])}: {plain(line['status'])}" for line in left_out]
         parts += ["### Not ranked", "\n".join(reasons)]
     parts += _fitted_here(measured, cell, manifest)
     parts += _stood_in(measured) + _figures(cell, figures)
@@ -125,7 +124,7 @@ def _fitted_here(lines: Sequence[Line], cell: CellFacts, manifest: Mapping[str, 
 def _stood_in(lines: Sequence[Line]) -> list[str]:
     """How many maps were no maps; said only where there are some."""
     counted = [
-        f"{_code(line['explainer'])} {line['empty']} empty, {line['failed']} failed"
+        f"{code(line['explainer'])} {line['empty']} empty, {line['failed']} failed"
         for line in lines if line["empty"] or line["failed"]
     ]  # fmt: skip
     if not counted:
@@ -139,7 +138,7 @@ def _is_method(line: Line) -> bool:
 
 def _conditions(cell: CellFacts) -> str:
     unread = f" ({cell.unreadable} more could not be read)" if cell.unreadable else ""
-    said = [f"{_count(cell.n, 'image')}{unread}."]
+    said = [f"{count(cell.n, 'image')}{unread}."]
     if known(cell.accuracy):
         said.append(
             f"The untouched images: {cell.accuracy:.1f}% classified as labelled (acc(0) by label); "
@@ -149,14 +148,14 @@ def _conditions(cell: CellFacts) -> str:
     also = [fill for fill in cell.fills if fill != cell.fill]
     said.append(f"{filled}; {', '.join(also)} in the variants." if also else f"{filled}.")
     if cell.energy_images:
-        said.append(f"Energy is scored on {_count(cell.energy_images, 'image')}.")
+        said.append(f"Energy is scored on {count(cell.energy_images, 'image')}.")
     if known(cell.detectable):
         said.append(
             f"The smallest paired AUC-D difference that these images detect at 80% power is "
             f"**{cell.detectable:.1f}** points (one typical pair, 5% level)."
         )
     if cell.win_field:
-        said.append(f"*Win* compares {', '.join(map(_code, cell.win_field))}.")
+        said.append(f"*Win* compares {', '.join(map(code, cell.win_field))}.")
     return " ".join(said)
 
 
@@ -177,8 +176,8 @@ def _main_table(lines: Sequence[Line], field: Sequence[Line], manifest: Mapping[
     rows = []
     for line in lines:
         place = [rank_text(line).replace(" ", "&nbsp;")] if ranked else []
-        rows.append([*place, _code(line["explainer"]), *(write(line) for _, write in columns)])
-    return _table([*header, *(title for title, _ in columns)], rows, left=1 + ranked)
+        rows.append([*place, code(line["explainer"]), *(write(line) for _, write in columns)])
+    return table([*header, *(title for title, _ in columns)], rows, left=1 + ranked)
 
 
 def _title(column: str, manifest: Mapping[str, Any]) -> str:
@@ -255,11 +254,11 @@ def _plain_table(
         _best_marked(column, lines, manifest, interval and column.startswith("ms_")) for column in columns
     ]
     rows = [
-        [_code(line["explainer"]) if _is_method(line) else f"{_code(line['explainer'])} ({line['status']})",
+        [code(line["explainer"]) if _is_method(line) else f"{code(line['explainer'])} ({line['status']})",
          *(write(line) for write in writers)]
         for line in lines if any(known(line[column]) for column in columns)
     ]  # fmt: skip
-    return _table(["Explainer", *(_title(column, manifest) for column in columns)], rows)
+    return table(["Explainer", *(_title(column, manifest) for column in columns)], rows)
 
 
 def _reversal_list(cell: CellFacts) -> list[str]:
@@ -273,7 +272,7 @@ def _reversal_list(cell: CellFacts) -> list[str]:
         lines.append(f"- and {rest} more, none of them surer than these.")
     return [
         "### Does the order depend on the fill?",
-        f"{_count(len(cell.reversals), 'pair')} of ranked methods, by the mean AUC-D; an order is "
+        f"{count(len(cell.reversals), 'pair')} of ranked methods, by the mean AUC-D; an order is "
         "significant at 95% with all ranked pairs as one family.",
         "\n".join(lines),
     ]
@@ -282,7 +281,7 @@ def _reversal_list(cell: CellFacts) -> list[str]:
 def _reversal(found: Reversal, fill: str) -> str:
     sure = {True: "significant", False: "not significant"}
     return (
-        f"- {_code(found.first)} leads {_code(found.second)} by {found.difference:.1f} under {fill} "
+        f"- {code(found.first)} leads {code(found.second)} by {found.difference:.1f} under {fill} "
         f"({sure[found.significant]}), trails it by {-found.difference_there:.1f} under {found.fill} "
         f"({sure[found.significant_there]})."
     )
@@ -296,13 +295,3 @@ def _figures(cell: CellFacts, figures: Sequence[str]) -> list[str]:
     }
     where = f"{cell.model} on {cell.dataset}"
     return [f"![{title}, {where}](figures/{name})" for name, title in said.items() if name in figures]
-
-
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -> str:
-    rule = [":--"] * left + ["--:"] * (len(header) - left)
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in [header, rule, *rows])
-
-
-def _code(name: Any) -> str:
-    text = " ".join(str(name).split()).replace("|", "\\|").replace("`", "'")
-    return f"`{text}`"
