@@ -118,7 +118,7 @@ def _fitted_here(lines: Sequence[Line], cell: CellFacts, manifest: Mapping[str, 
     ]
     if not seen:
         return []
-    return [f"**Fitted on images of this very table**: {', '.join(map(_code, seen))}."]
+    return [f"**Fitted on images of this very table**: {', '.join(map(code, seen))}."]
 
 
 def _stood_in(lines: Sequence[Line]) -> list[str]:
