@@ -54,13 +54,15 @@ def scorecam(
         subtract_blank: subtract the blank image's score; of effect without the channel softmax.
         space: "pixel" masks towards black, "normalised" towards the model's mean colour.
     """
+    import torch
+
     from faithmap.cam import blank_scores, constant_channels, masked_scores, min_max
 
     activations = batch.activations(layer).float()
+    constant = torch.where(constant_channels(activations), 0.0, torch.nan)
     scores = masked_scores(
-        model, batch.images, batch.targets, activations, min_max, constant_channels(activations),
-        score=score, space=space,
-    )  # fmt: skip
+        model, batch.images, batch.targets, activations, min_max, constant, score=score, space=space
+    )
     if subtract_blank:
         scores = scores - blank_scores(model, batch.targets, batch.size, score=score, space=space).view(-1, 1)
     weights = scores.softmax(1) if channel_softmax else scores

@@ -9,8 +9,10 @@ import torch
 
 from faithmap import metric
 from faithmap.batch import Scored
+from faithmap.cam import READINGS, SPACES
 from faithmap.errors import RequestError, nearest
-from faithmap.perturb import chunk_size, laid_out, logits_in_chunks, removal_ranks
+from faithmap.masking import rectified, target_scores, without_empty
+from faithmap.perturb import removal_ranks
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -20,8 +22,8 @@ if TYPE_CHECKING:
     from faithmap.records import Direction
 
 CHOICES = {
-    "space": ("pixel", "normalised"),
-    "score": ("probability", "logit"),
+    "space": SPACES,
+    "score": READINGS,
     "mute": ("soft", "half"),
 }
 SCORES: dict[str, Direction] = {
@@ -96,7 +98,7 @@ def drop(
     if mute == "half":
         best = ranks < ranks[0].numel() // 2
         view, equalised = view * best, equalised * best
-    clean, kept = _scores(model, batch, torch.stack([view, equalised]), space, score)
+    clean, kept = target_scores(model, batch, torch.stack([view, equalised]), space=space, score=score)
     soft, equal = _Pair(clean, kept[0], margin, score), _Pair(clean, kept[1], margin, score)
     scores = {
         "average_drop": soft.drop(),
@@ -105,36 +107,8 @@ def drop(
         "average_gain": soft.gain(),
         "scan_inc": soft.winning_gain(),
     }
-    scores = {name: _without(scored, empty) for name, scored in scores.items()}
+    scores = {name: without_empty(scored, empty) for name, scored in scores.items()}
     return {**scores, "drop_equalised": equal.drop(), "increase_equalised": equal.increase()}
-
-
-def rectified(maps: Maps) -> tuple[Tensor, list[int]]:
-    """ReLU, then min-max of each map to [0, 1]; and the positions where nothing is left to stretch."""
-    positive = maps.clamp_min(0)
-    low, high = positive.amin((1, 2), keepdim=True), positive.amax((1, 2), keepdim=True)
-    width = high - low
-    empty = (width <= 0).flatten().nonzero().flatten().tolist()
-    scaled = (positive - low) / width.masked_fill(width <= 0, 1)
-    return scaled.clamp(0, 1), empty
-
-
-def _scores(model: Model, batch: Batch, masks: Tensor, space: str, score: str) -> tuple[Tensor, Tensor]:
-    """Y (B,) and O (M, B), float64, for masks (M, B, H, W) in [0, 1]."""
-    kinds, count = masks.shape[:2]
-    flat = masks.flatten(0, 1).unsqueeze(1)
-    images = laid_out(model, batch.images)
-    ground: Tensor = model.mean.view(1, 3, 1, 1) if space == "normalised" else images.new_zeros(1, 3, 1, 1)
-
-    def make(part: Tensor) -> Tensor:
-        # In normalised space zero is the mean colour: (x - mean) S + mean in pixels.
-        return torch.addcmul(ground, images[part % count] - ground, flat[part])
-
-    logits = logits_in_chunks(model, kinds * count, make, chunk_size(model, batch.size))
-    both = torch.cat([batch.logits.unsqueeze(0), logits.view(kinds, count, -1)]).float()
-    values = both.softmax(2) if score == "probability" else both
-    chosen = values.gather(2, batch.targets.view(1, -1, 1).expand(len(both), -1, 1)).squeeze(2).double()
-    return chosen[0], chosen[1:]
 
 
 @dataclass(frozen=True)
@@ -191,11 +165,3 @@ class _Pair:
 
 def _say(where: Tensor, reason: str) -> list[str]:
     return [reason if here else "" for here in where.tolist()]
-
-
-def _without(scored: Scored, empty: list[int]) -> Scored:
-    """Leave the images out whose map holds nothing positive: no value, no reason of their own."""
-    values = scored.values.clone()
-    values[empty] = torch.nan
-    reasons = ["" if i in empty else reason for i, reason in enumerate(scored.reasons)]
-    return Scored(values, reasons=reasons, empty=empty)

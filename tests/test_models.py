@@ -377,3 +377,16 @@ def fails():
     def test_faults_are_named(self, function: str, params: dict[str, Any], message: str, file: Path) -> None:
         with pytest.raises(RequestError, match=message):
             load_model(f"{file}:{function}", **params)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (5, 7), (8, 8)])
+def test_normalised_values_do_not_depend_on_the_order_in_memory(size: tuple[int, int]) -> None:
+    """To the bit, and the order is kept."""
+    model = Model(torch.nn.Flatten(), mean=(0.1, 0.2, 0.3), std=(0.3, 0.7, 1.1), input_size=8)
+    images = torch.rand(3, 3, *size)
+    pixelwise = images.contiguous(memory_format=torch.channels_last)
+    found = model.normalise(pixelwise)
+    assert torch.equal(found, model.normalise(images))
+    assert found.stride() == pixelwise.stride()
+    part = torch.rand(3, 3, 9, 9)[:, :, : size[0], : size[1]]
+    assert torch.equal(model.normalise(part), model.normalise(part.contiguous()))

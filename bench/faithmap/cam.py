@@ -7,7 +7,7 @@ that all explainers of a batch share.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from faithmap.errors import RequestError, nearest
 from faithmap.models import Model
-from faithmap.perturb import chunk_size
+from faithmap.perturb import chunk_size, laid_out
 from faithmap.resize import upsample
 
 #: How a masked image's logits are read: the target's logit, or its softmax probability.
@@ -97,10 +97,12 @@ def masked_scores(
     targets: Tensor,
     activations: Tensor,
     gate: Callable[[Tensor], Tensor],
-    blank: Tensor,
+    constant: Tensor,
     *,
     score: str = "logit",
     space: str = "pixel",
+    reorder: bool = False,
+    each: Callable[[Tensor, Tensor, Tensor], None] | None = None,
 ) -> Tensor:
     """Scores of every image multiplied by a mask from each of its channels, in chunks on the device.
 
@@ -112,10 +114,15 @@ def masked_scores(
         targets: (B,) explained classes.
         activations: (B, C, h, w) features.
         gate: turns upsampled channels (n, H, W) into masks of the same shape.
-        blank: bool (B, C), channels whose mask is known to be zero everywhere; they all share the
-            score of one blank image, one forward in all.
+        constant: (B, C), the value of each mask that is known to be the same everywhere, NaN for the
+            others. Of an image, equal ones share a forward; those of zero share the score of one blank
+            image, one forward in all.
         score: one of `READINGS`.
         space: one of `SPACES`.
+        reorder: bring masked images into the order in memory in which the model is fast, which rounds
+            scores differently.
+        each: called after each chunk of masks that are not constant, with their images' positions
+            (n,), in rising order, the masks (n, H, W) and their scores (n,).
 
     Returns:
         (B, C) float32.
@@ -123,15 +130,49 @@ def masked_scores(
     scores = torch.zeros(activations.shape[:2], device=images.device)
     colour = vanishing_colour(model, space)
     size = (int(images.shape[2]), int(images.shape[3]))
+    blank = constant == 0
     if bool(blank.any()):
         scores += blank_scores(model, targets, size, score=score, space=space).view(-1, 1) * blank
+    shown = images - colour
+
+    def judged(b: Tensor, masks: Tensor) -> Tensor:
+        """Scores (n,) of images behind masks (n, 1, H, W) or (n, 1, 1, 1)."""
+        masked = shown.index_select(0, b).mul_(masks).add_(colour)
+        return read_scores(model(laid_out(model, masked) if reorder else masked), targets[b], score)
+
+    flat, leaders, kind = _alike(constant)
     with torch.no_grad():
-        for part in (~blank).nonzero().split(chunk_size(model)):
-            b, k = part.unbind(1)
-            masks = gate(upsample(activations[b, k].float(), size)).unsqueeze(1)
-            masked = images[b].sub_(colour).mul_(masks).add_(colour)
-            scores[b, k] = read_scores(model(masked), targets[b], score)
+        for b, k in _chunks(constant.isnan().nonzero(), chunk_size(model)):
+            masks = gate(upsample(activations[b, k].float(), size))
+            found = judged(b, masks.unsqueeze(1))
+            scores[b, k] = found
+            if each is not None:
+                each(b, masks, found)
+        for b, k in _chunks(leaders, chunk_size(model)):
+            scores[b, k] = judged(b, constant[b, k].view(-1, 1, 1, 1))
+    scores[flat.unbind(1)] = scores[leaders[kind].unbind(1)]
     return scores
+
+
+def _chunks(channels: Tensor, size: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Images and channels (n, 2), some at a time; none where there are none."""
+    for part in channels.split(size) if len(channels) else ():
+        yield part[:, 0], part[:, 1]
+
+
+def _alike(constant: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Masks that are constant and not zero, and which of them are equal.
+
+    Returns:
+        All of them (n, 2), as image and channel; the first of each kind (kinds, 2); and each one's
+        kind (n,).
+    """
+    flat = (~constant.isnan() & (constant != 0)).nonzero()
+    keys = torch.stack([flat[:, 0].to(constant.dtype), constant[flat.unbind(1)]], 1)
+    kinds, kind = keys.unique(dim=0, return_inverse=True)
+    places = torch.arange(len(flat), device=flat.device)
+    first = places.new_full((len(kinds),), len(flat)).scatter_reduce(0, kind, places, "amin")
+    return flat, flat[first], kind
 
 
 def read_scores(logits: Tensor, targets: Tensor, score: str) -> Tensor:
