@@ -47,25 +47,25 @@ def scorecam_plus_plus(
     threshold: float = 0.0,
     score: str = "probability",
     space: str = "normalised",
-    stretch: bool = True,
+    stretch: bool = False,
 ) -> Maps:
     """Score-CAM with channels gated by tanh, both where they mask the image and where they are summed.
 
     H_k = tanh(up(A^k)): upsampled first (bilinear), then gated, not stretched. alpha_k is the target's
     softmax probability on the image times H_k, and L = ReLU(sum_k alpha_k H_k) at the size of the
-    image, (B, H, W), stretched to [0, 1] in the end; zero where it is constant. No softmax over the
-    channels.
+    image, (B, H, W), not negative. No softmax over the channels.
 
     Published: tanh, the sum of the gated maps. The paper calls alpha_k a change in confidence; its
     code subtracts nothing, multiplies the normalised image, so that masks fade to the model's mean
-    colour, and ends with the stretch. The defaults are those of the code. `baseline="zero"` is the
-    change against a blank image, which can make weights negative.
+    colour, and ends with a stretch of the map to [0, 1]. The defaults are those of the code but for
+    this stretch: it takes off the floor that saturated gates leave under the map, which only scores
+    that add a map up see, and other class activation maps, whose codes stretch as well, are scored
+    without it. `baseline="zero"` is the change against a blank image, which can make weights negative.
 
-    Only scores that add a map up see the stretch: it takes off the floor that saturated gates leave
-    under the map. Where tanh saturates, above 2, or does so beside the object as well, the map is
-    bright all over, which scores of masked images reward: read them beside the area. Where features
-    are signed (transformers) so is tanh, and masks below zero invert the image's contrast. The paper,
-    made for CNNs, does not treat them; `clamp` is a reconstruction.
+    Where tanh saturates, above 2, beside the object as well, the map is bright all over, which scores
+    of masked images reward: read them beside the area. Where features are signed (transformers) so is
+    tanh, and masks below zero invert the image's contrast. The paper, made for CNNs, does not treat
+    them; `clamp` is a reconstruction.
 
     Deviations from the code: it runs a backward pass whose gradient it does not use, and one of its
     files applies the ReLU to every term. A channel whose mask is the same everywhere only dims the
@@ -85,7 +85,8 @@ def scorecam_plus_plus(
             0.8 in lines that are switched off.
         score: "probability" (softmax over the classes), or "logit".
         space: "normalised" masks towards the model's mean colour, "pixel" towards black.
-        stretch: shift and scale the map to [0, 1], else leave it as the ReLU does.
+        stretch: shift and scale the map to [0, 1], zero where it is constant, instead of leaving it as
+            the ReLU does.
 
     Raises:
         RequestError: a choice is unknown, or the threshold is negative.

@@ -28,10 +28,10 @@ READINGS: list[dict[str, Any]] = [
     *({"activation": name} for name in (*slow.GATES, "min-max") if name != "tanh"),
     {"summed": "raw"},
     {"baseline": "zero"},
-    {"baseline": "zero", "summed": "raw", "space": "pixel", "stretch": False},
+    {"baseline": "zero", "summed": "raw", "space": "pixel", "stretch": True},
     {"clamp": True, "activation": "swish"},
     {"threshold": 0.2},
-    {"score": "logit", "stretch": False},
+    {"score": "logit", "stretch": True},
 ]
 #: Of these a transformer, whose features are signed, is tried on.
 SIGNED_READINGS = [{}, {"summed": "raw"}, {"clamp": True, "activation": "swish"}, {"threshold": 0.2}]
@@ -109,14 +109,14 @@ class TestFormula:
         """tanh(ln 3) = 0.8 and tanh(ln 2) = 0.6: masks of means 0.2 and 0.3, and a dead one."""
         three, two = math.log(3), math.log(2)
         model = fixed_model([[[three, 0], [0, 0]], [[0, two], [two, 0]], [[0, 0], [0, 0]]])
-        maps = explain(NAME, model, white(model), stretch=False)
+        maps = explain(NAME, model, white(model))
         first, second = slow.sigmoid(0.2), slow.sigmoid(0.3)
         expected = torch.tensor([[[0.8 * first, 0.6 * second], [0.6 * second, 0.0]]])
         assert torch.allclose(maps, expected)
-        stretched = explain(NAME, model, white(model))
+        stretched = explain(NAME, model, white(model), stretch=True)
         assert torch.allclose(stretched, expected / expected.max())
         # The code ends here; the change of confidence takes off what the blank image scores, one half.
-        change = explain(NAME, model, white(model), stretch=False, baseline="zero")
+        change = explain(NAME, model, white(model), baseline="zero")
         assert torch.allclose(
             change, torch.tensor([[[0.8 * (first - 0.5), 0.6 * (second - 0.5)], [0.6 * (second - 0.5), 0]]])
         )
@@ -138,33 +138,33 @@ class TestFormula:
         three = math.log(3)
         model = fixed_model([[[three, 0], [0, three]]])
         alpha = slow.sigmoid((at_ln_3 + at_zero) / 2)
-        gated = explain(NAME, model, white(model), activation=activation, stretch=False)
+        gated = explain(NAME, model, white(model), activation=activation)
         high, low = alpha * at_ln_3, alpha * at_zero
         assert torch.allclose(gated, torch.tensor([[[high, low], [low, high]]]), atol=1e-6)
         # Gated masks, features summed as they are: what the paper calls normalisation only.
-        raw = explain(NAME, model, white(model), activation=activation, stretch=False, summed="raw")
+        raw = explain(NAME, model, white(model), activation=activation, summed="raw")
         assert torch.allclose(raw, torch.tensor([[[alpha * three, 0], [0, alpha * three]]]), atol=1e-6)
 
     def test_saturated_gates_leave_a_bright_map_and_the_stretch_takes_its_floor_off(self) -> None:
         """Features of 3 and 4 are far apart; behind tanh they are 0.5% apart."""
         model = fixed_model([[[4.0, 3.0], [3.0, 3.0]]])
-        plain = explain(NAME, model, white(model), stretch=False)
+        plain = explain(NAME, model, white(model))
         assert float(plain.min()) > 0.99 * float(plain.max())
-        assert explain(NAME, model, white(model)).tolist() == [[[1.0, 0.0], [0.0, 0.0]]]
+        assert explain(NAME, model, white(model), stretch=True).tolist() == [[[1.0, 0.0], [0.0, 0.0]]]
 
     def test_threshold_and_clamp(self) -> None:
         model = fixed_model([[[math.log(3), math.log(2)], [-math.log(2), 0.0]]])
-        signed = explain(NAME, model, white(model), stretch=False)
+        signed = explain(NAME, model, white(model))
         assert torch.allclose(signed, slow.sigmoid(0.2) * torch.tensor([[[0.8, 0.6], [0.0, 0.0]]]))
-        clamped = explain(NAME, model, white(model), stretch=False, clamp=True)
+        clamped = explain(NAME, model, white(model), clamp=True)
         assert torch.allclose(clamped, slow.sigmoid(0.35) * torch.tensor([[[0.8, 0.6], [0.0, 0.0]]]))
-        cut = explain(NAME, model, white(model), stretch=False, threshold=0.7)
+        cut = explain(NAME, model, white(model), threshold=0.7)
         assert torch.allclose(cut, slow.sigmoid(0.2) * torch.tensor([[[0.8, 0.0], [0.0, 0.0]]]))
 
     def test_one_relu_at_the_end(self) -> None:
         """A ReLU on every term would keep the half of the first channel that the second outweighs."""
         model = fixed_model([[[1.0, 0.0], [0.0, 0.0]], [[-3.0, 0.0], [0.0, 1.0]]])
-        maps = explain(NAME, model, white(model), stretch=False)
+        maps = explain(NAME, model, white(model))
         assert float(maps[0, 0, 0]) == 0
         assert float(maps[0, 1, 1]) > 0
 
@@ -174,7 +174,7 @@ class TestFormula:
         official = explain(
             "scorecam", cnn, batch, score="probability", channel_softmax=False, space="normalised"
         )
-        ours = explain(NAME, cnn, batch, activation="min-max", summed="raw", stretch=False)
+        ours = explain(NAME, cnn, batch, activation="min-max", summed="raw")
         assert torch.allclose(ours, upsample(official, batch.size), rtol=1e-4, atol=1e-6)
 
 
@@ -222,7 +222,7 @@ class TestDeadChannels:
         batch = white(model)
         _ = batch.logits
         with model.counting() as meter:
-            maps = explain(NAME, model, batch, stretch=False)
+            maps = explain(NAME, model, batch)
         assert meter.forwards == 2
         whole, spot = slow.sigmoid(1.0), slow.sigmoid(math.tanh(1) / 4)
         expected = torch.full((1, 2, 2), 2 * whole)
@@ -244,10 +244,12 @@ class TestDeadChannels:
 
     @pytest.mark.parametrize("bias", [-1.0, 1.0])
     @pytest.mark.parametrize("summed", ["gated", "raw"])
-    def test_nothing_but_dead_channels_gives_a_zero_map(self, cnn: Model, bias: float, summed: str) -> None:
+    def test_nothing_but_dead_channels_gives_a_flat_map(self, cnn: Model, bias: float, summed: str) -> None:
         self.killed(cnn, 6, bias)
         maps = explain(NAME, cnn, batch_of(cnn, 2), summed=summed)
-        assert bool((maps == 0).all())
+        assert bool((maps.amax((1, 2)) - maps.amin((1, 2)) <= 1e-6 * maps.amax((1, 2))).all())
+        assert bool((maps == 0).all()) == (bias < 0)
+        assert bool((explain(NAME, cnn, batch_of(cnn, 2), summed=summed, stretch=True) == 0).all())
 
     def test_a_transformer_of_which_every_channel_is_dead(self, vit: Model) -> None:
         """No chunk without an image is passed, which a transformer would refuse."""

@@ -60,7 +60,7 @@ def scorecam_plus_plus(
     clamp: bool = False,
     threshold: float = 0.0,
     score: str = "probability",
-    stretch: bool = True,
+    stretch: bool = False,
 ) -> Array:
     """The map (H, W).
 
