@@ -250,7 +250,8 @@ class Scan:
                     raise FaithmapError(
                         f"scan: epoch {epoch + 1} has {training.step - epoch * each} batches, expected {each}"
                     )
-        return {name: value.detach().float().cpu() for name, value in _weights(training.decoder).items()}
+        weights = _weights(training.decoder).items()
+        return {name: value.detach().float().cpu().contiguous() for name, value in weights}
 
     def _decoded(self, model: Model, batch: Batch) -> tuple[Tensor, Masked]:
         """The decoder's output (B, 4, H, W), and what it was given."""
@@ -306,8 +307,13 @@ class _Training:
         self.step = 0
 
     def state(self) -> dict[str, Any]:
-        """All that the next step depends on, apart from what training goes on to change."""
-        weights = {name: value.detach().cpu().clone() for name, value in self.decoder.state_dict().items()}
+        """All that the next step depends on, in copies that training does not go on to change."""
+        import torch
+
+        weights = {
+            name: value.detach().cpu().clone(memory_format=torch.contiguous_format)
+            for name, value in self.decoder.state_dict().items()
+        }
         return {"step": self.step, "decoder": weights, "adam": copy.deepcopy(self.adam.state_dict())}
 
     def restore(self, state: Mapping[str, Any] | None) -> None:
