@@ -167,7 +167,7 @@ class Scan:
         """
         import torch
 
-        from faithmap.decoders import seeded_decoder
+        from faithmap.decoders import fold_norms, seeded_decoder
         from faithmap.errors import RequestError
         from faithmap.masking import layout_of
 
@@ -181,6 +181,7 @@ class Scan:
             )
         decoder.load_state_dict({name: value.float() for name, value in tensors.items()}, strict=False)
         decoder.requires_grad_(False).eval()
+        fold_norms(decoder)
         self._decoder = decoder.to(model.device, memory_format=torch.channels_last)
 
     def fit(

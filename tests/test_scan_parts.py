@@ -264,7 +264,7 @@ class TestLosses:
 
     @pytest.mark.parametrize(("weighting", "weight"), [("amplified", 4.0), ("discounted", 0.25)])
     def test_who_gains_by_confidence(self, weighting: str, weight: float) -> None:
-        """dL / dC_i = (omega'(m) (MSE + lambda) + (w - 1) e_i) / pixels: 9a pays for small e, 9b for large."""
+        """dL / dC_i = (omega'(m) (MSE + lambda) + (w - 1) e_i) / pixels: 9a pays for a small e, 9b not."""
         confidence, colours, target = parts()
         confidence.requires_grad_()
         found = reconstruction.losses(confidence, colours, target, weighting=weighting)
@@ -363,6 +363,25 @@ class TestDecoders:
             (3, 3),
             6,
         )
+
+    @pytest.mark.parametrize("kind", [maps, tokens])
+    def test_folded_norms_change_nothing(self, kind: type) -> None:
+        decoder = seeded_decoder(kind(12, (4, 4), (16, 16)), 0.25, 0, torch.device("cpu"))
+        given = draw(6, 17, 12).float() if kind is tokens else draw(6, 12, 4, 4).float()
+        with torch.no_grad():
+            for module in decoder.modules():
+                if isinstance(module, nn.BatchNorm2d):
+                    module.weight.uniform_(-2, 2, generator=torch.Generator().manual_seed(1))
+                    module.bias.normal_(generator=torch.Generator().manual_seed(2))
+            for _ in range(5):
+                decoder(given, (4, 4))  # running statistics that are not the first ones
+            expected = decoder.eval()(given, (4, 4))
+            decoders.fold_norms(decoder)
+            assert torch.allclose(decoder(given, (4, 4)), expected, atol=1e-4 * float(expected.abs().max()))
+            decoders.fold_norms(decoder)  # a second time does nothing
+            assert torch.allclose(decoder(given, (4, 4)), expected, atol=1e-4 * float(expected.abs().max()))
+        norms = sum(isinstance(module, nn.BatchNorm2d) for module in decoder.modules())
+        assert norms == sum(isinstance(module, Residual) for module in decoder.modules())
 
     def test_an_attention_block_equals_torchs_layer(self) -> None:
         torch.manual_seed(0)

@@ -74,16 +74,18 @@ class Residual(nn.Module):
         super().__init__()
         inner = channels // 2
         self.norm0, self.conv0 = nn.BatchNorm2d(channels), nn.Conv2d(channels, inner, 1)
-        self.norm1 = nn.BatchNorm2d(inner)
+        self.norm1: nn.Module = nn.BatchNorm2d(inner)
         self.conv1 = nn.Conv2d(inner, inner, kernel, padding=kernel // 2)
-        self.norm2, self.conv2 = nn.BatchNorm2d(inner), nn.Conv2d(inner, channels, 1)
+        self.norm2: nn.Module = nn.BatchNorm2d(inner)
+        self.conv2 = nn.Conv2d(inner, channels, 1)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, channels, h, w) to the same shape."""
         y = self.conv0(F.relu(self.norm0(x)))
         y = self.conv1(F.relu(self.norm1(y)))
         y = self.conv2(F.relu(self.norm2(y)))
-        return x + y
+        total: Tensor = x + y
+        return total
 
 
 class Doubling(nn.Module):
@@ -255,6 +257,29 @@ def _initialise(module: nn.Module, generator: torch.Generator) -> None:
         if module.bias is not None:
             bound = 1 / math.sqrt(module.weight[0].numel())
             module.bias.uniform_(-bound, bound, generator=generator)
+
+
+@torch.no_grad()
+def fold_norms(decoder: Decoder) -> None:
+    """Make the norms that follow a convolution a part of it: two of three in each residual module.
+
+    For a decoder that is done learning, in evaluation mode. What it gives stays the same but for rounding.
+    """
+    for module in decoder.modules():
+        if isinstance(module, Residual):
+            module.norm1 = _folded(module.conv0, module.norm1)
+            module.norm2 = _folded(module.conv1, module.norm2)
+
+
+def _folded(conv: nn.Conv2d, norm: nn.Module) -> nn.Module:
+    """Scale and shift a convolution as the norm behind it does; what is left of the norm."""
+    if not isinstance(norm, nn.BatchNorm2d):
+        return norm
+    assert norm.running_mean is not None and norm.running_var is not None and conv.bias is not None
+    scale = norm.weight / (norm.running_var + norm.eps).sqrt()
+    conv.weight.mul_(scale.view(-1, 1, 1, 1))
+    conv.bias.sub_(norm.running_mean).mul_(scale).add_(norm.bias)
+    return nn.Identity()
 
 
 def decode(decoder: Decoder, features: Tensor, grid: tuple[int, int], precision: str) -> Tensor:
