@@ -165,13 +165,11 @@ class Scan:
         Raises:
             RequestError: they do not belong to a decoder for this model at these parameters.
         """
-        import torch
-
         from faithmap.decoders import fold_norms, seeded_decoder
         from faithmap.errors import RequestError
         from faithmap.masking import layout_of
 
-        decoder = seeded_decoder(layout_of(model, self.layer), self.width, 0, torch.device("cpu"))
+        decoder = seeded_decoder(layout_of(model, self.layer), self.width, 0, model.device)
         expected = _weights(decoder)
         shapes = {name: tuple(value.shape) for name, value in tensors.items()}
         if shapes != {name: tuple(value.shape) for name, value in expected.items()}:
@@ -182,7 +180,7 @@ class Scan:
         decoder.load_state_dict({name: value.float() for name, value in tensors.items()}, strict=False)
         decoder.requires_grad_(False).eval()
         fold_norms(decoder)
-        self._decoder = decoder.to(model.device, memory_format=torch.channels_last)
+        self._decoder = decoder
 
     def fit(
         self,
@@ -302,8 +300,7 @@ class _Training:
         self.method, self.model, self.seed, self.precision = method, model, seed, precision
         self.layout: Layout = layout_of(model, method.layer)
         first = seed_of(seed, "scan", "weights")
-        decoder = seeded_decoder(self.layout, method.width, first, torch.device("cpu"))
-        self.decoder = decoder.to(model.device, memory_format=torch.channels_last).train()
+        self.decoder = seeded_decoder(self.layout, method.width, first, model.device).train()
         self.adam = torch.optim.Adam(self.decoder.parameters())
         self.step = 0
 

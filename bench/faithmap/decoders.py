@@ -234,7 +234,7 @@ def build_decoder(layout: Layout, width: float = 1.0) -> Decoder:
 def seeded_decoder(layout: Layout, width: float, seed: int, device: torch.device) -> Decoder:
     """A decoder whose weights are a function of the seed alone; no global random state is touched.
 
-    They are drawn on the CPU, as torch draws them by default.
+    They are drawn on the CPU, as torch draws them by default, and laid out as convolutions like them.
     """
     with torch.device("meta"):
         decoder = build_decoder(layout, width)
@@ -242,7 +242,7 @@ def seeded_decoder(layout: Layout, width: float, seed: int, device: torch.device
     generator = torch.Generator().manual_seed(seed)
     for module in decoder.modules():
         _initialise(module, generator)
-    return decoder.to(device)
+    return decoder.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]
 
 
 @torch.no_grad()
