@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import explain, inside, make_batch, make_vit
-from torch import Tensor
+from torch import Tensor, nn
 
 import slow_scan
 from faithmap import masking, registry
@@ -355,6 +355,59 @@ class TestMaps:
         odd = Model(cnn.module, mean=0.5, std=0.5, input_size=30)
         assert facts.defined_for is not None and facts.defined_for(cnn) is None
         assert "power of two" in str(facts.defined_for(odd))
+
+
+class Redness(nn.Module):
+    """Two features, redness and brightness by cell; class 1 is the red there is, class 0 the light."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.head = nn.AvgPool2d(4), nn.Linear(2, 2)
+        self.head.weight.data = torch.tensor([[0.0, 8.0], [8.0, 0.0]])
+        self.head.bias.data.zero_()
+
+    def forward(self, images: Tensor) -> Tensor:
+        red = (images[:, 0] - images[:, 1:].mean(1)).relu()
+        logits: Tensor = self.head(self.body(torch.stack([red, images.mean(1)], 1)).mean((2, 3)))
+        return logits
+
+
+def with_a_red_patch(count: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Plain grey images, each of another grey, with one red patch; and where the patch is."""
+    generator = torch.Generator().manual_seed(seed)
+    images = torch.rand(count, 1, 1, 1, generator=generator).expand(-1, 3, 32, 32)
+    patches = torch.zeros(count, 32, 32, dtype=torch.bool)
+    for i, (y, x) in enumerate(4 * torch.randint(0, 6, (count, 2), generator=generator)):
+        patches[i, y : y + 12, x : x + 12] = True
+    return torch.where(patches[:, None], torch.tensor([0.9, 0.1, 0.1]).view(1, 3, 1, 1), images), patches
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("weighting", "found"), [("amplified", True), ("discounted", False)])
+def test_what_the_class_rests_on_can_be_reconstructed_and_the_rest_not(weighting: str, found: bool) -> None:
+    """The masked features tell the red patch and nothing of the grey around it.
+
+    Eq. 9a makes the decoder confident where it errs little, on the patch, and of less than the target
+    area; 9b where it errs much, around it, and of more.
+    """
+    model = Model(Redness(), mean=0.0, std=1.0, input_size=32, name="redness", target_layer="body")
+    scan, session = make_scan(width=0.25, blur=0.5, weighting=weighting), Session()
+    images = with_a_red_patch(1600, 0)[0]
+    labels = torch.ones(1600, dtype=torch.long)
+    fit = scan.fit(model, Data(images, labels), session, epochs=1, batch_size=16, rate=5e-3)
+    scan.load(model, fit)
+    images, patches = with_a_red_patch(16, 1)
+    batch = Batch(images, labels[:16], tuple(f"image-{i}" for i in range(16)), Context(model, images))
+    maps = scan(model, batch)
+    inside_patch, around = float(maps[patches].mean()), float(maps[~patches].mean())
+    if found:
+        assert inside_patch > 0.6 and around < 0.2
+    else:
+        assert inside_patch < 0.2 and around > inside_patch + 0.1
+    assert (session.curve[100]["confidence"] < 0.2) == found
+    scan.output = "error"
+    errors = scan(model, batch)
+    assert float(errors[patches].mean()) < 0.7 * float(errors[~patches].mean())
 
 
 class TestNotes:
