@@ -279,7 +279,7 @@ def _folded(conv: nn.Conv2d, norm: nn.Module) -> nn.Module:
     scale = norm.weight / (norm.running_var + norm.eps).sqrt()
     conv.weight.mul_(scale.view(-1, 1, 1, 1))
     conv.bias.sub_(norm.running_mean).mul_(scale).add_(norm.bias)
-    return nn.Identity()
+    return nn.Identity().eval()
 
 
 def decode(decoder: Decoder, features: Tensor, grid: tuple[int, int], precision: str) -> Tensor:
