@@ -20,7 +20,7 @@ def masked_features(
 ) -> Maps:
     """Mean over the channels of the features that SCAN masks by the gradient: what its decoder adds to.
 
-    F M with M = 1 where the positive gradient reaches its percentile (`faithmap.masking`). Shape (B, h, w)
+    F M with M = 1 where the positive gradient reaches its percentile (`faithmap.gradient_masks`). Shape (B, h, w)
     of the features' grid; signed where the features are; unit: that of the features. Of a transformer all
     tokens take part in the percentile and the patches alone in the map. An image without any
     positive gradient is not masked, which is noted.
@@ -33,7 +33,7 @@ def masked_features(
         percentile: of the positive gradients, 0 to 100; 95 as published for SCAN.
         scalar: what the gradient is of, "logit" or "probability" of the target.
     """
-    from faithmap.masking import analysed_layer, masked_features, note_unmasked
+    from faithmap.gradient_masks import analysed_layer, masked_features, note_unmasked
 
     name = analysed_layer(model, layer)
     masked = masked_features(batch.context, batch.targets, name, percentiles=percentile, score=scalar)

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from faithmap.batch import Batch, Maps
     from faithmap.decoders import Decoder
-    from faithmap.masking import Layout, Masked
+    from faithmap.gradient_masks import Layout, Masked
     from faithmap.models import Model
 
 #: Whose gradient masks the features in training.
@@ -113,7 +113,7 @@ class Scan:
         output: str = "confidence",
     ) -> None:
         from faithmap.cam import READINGS
-        from faithmap.masking import MASKS
+        from faithmap.gradient_masks import MASKS
         from faithmap.reconstruction import SQUASHES, WEIGHTINGS
 
         _within("alpha", alpha, 0, math.inf, open_low=True)
@@ -167,7 +167,7 @@ class Scan:
         """
         from faithmap.decoders import fold_norms, seeded_decoder
         from faithmap.errors import RequestError
-        from faithmap.masking import layout_of
+        from faithmap.gradient_masks import layout_of
 
         decoder = seeded_decoder(layout_of(model, self.layer), self.width, 0, model.device)
         expected = _weights(decoder)
@@ -258,7 +258,7 @@ class Scan:
 
         from faithmap.decoders import decode_batch
         from faithmap.errors import RequestError
-        from faithmap.masking import analysed_layer, masked_features, note_unmasked
+        from faithmap.gradient_masks import analysed_layer, masked_features, note_unmasked
 
         if self._decoder is None:
             raise RequestError(
@@ -295,7 +295,7 @@ class _Training:
 
         from faithmap.batch import seed_of
         from faithmap.decoders import seeded_decoder
-        from faithmap.masking import layout_of
+        from faithmap.gradient_masks import layout_of
 
         self.method, self.model, self.seed, self.precision = method, model, seed, precision
         self.layout: Layout = layout_of(model, method.layer)
@@ -361,7 +361,7 @@ class _Training:
         import torch
 
         from faithmap.context import Context
-        from faithmap.masking import masked_features
+        from faithmap.gradient_masks import masked_features
 
         method, name = self.method, self.layout.layer
         context = Context(self.model, images)

@@ -48,7 +48,7 @@ def scan_untrained(
         seed: of the decoder's weights.
     """
     from faithmap.decoders import decode_batch, seeded_decoder
-    from faithmap.masking import analysed_layer, masked_features, note_unmasked
+    from faithmap.gradient_masks import analysed_layer, masked_features, note_unmasked
     from faithmap.reconstruction import confidence_of
 
     name = analysed_layer(model, layer)

@@ -15,7 +15,7 @@ from conftest import explain, inside, make_batch, make_vit
 from torch import Tensor, nn
 
 import slow_scan
-from faithmap import masking, registry
+from faithmap import gradient_masks, registry
 from faithmap.batch import Batch
 from faithmap.context import Context
 from faithmap.errors import FaithmapError, RequestError

@@ -17,7 +17,7 @@ from faithmap.context import Context
 from faithmap.decoders import Block, Residual, build_decoder, seeded_decoder
 from faithmap.errors import RequestError
 from faithmap.layers import middle_block
-from faithmap.masking import Layout
+from faithmap.gradient_masks import Layout
 from faithmap.models import Model
 
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from faithmap.errors import RequestError
-from faithmap.masking import Layout, Masked
+from faithmap.gradient_masks import Layout, Masked
 from faithmap.models import Model
 from faithmap.perturb import chunk_size
 
