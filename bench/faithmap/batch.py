@@ -63,6 +63,8 @@ class Batch:
     explainer: Callable[[Model, Batch], Maps] | None = None
     #: Results that metrics of one batch share (tie fields, clean curves).
     cache: dict[str, Tensor] = field(default_factory=dict)
+    #: What an explainer has to say of its maps, by the image's position; see `note`.
+    notes: dict[int, str] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -86,9 +88,9 @@ class Batch:
         """Features (B, C, h, w) of a layer, the model's target layer by default."""
         return self.context.activations(layer)
 
-    def gradients(self, layer: str | None = None) -> Tensor:
-        """Gradients (B, C, h, w) of the target logits with respect to those features."""
-        return self.context.gradients(self.targets, layer)
+    def gradients(self, layer: str | None = None, score: str = "logit") -> Tensor:
+        """Gradients (B, C, h, w) of the targets' logits, or probabilities, with respect to those features."""
+        return self.context.gradients(self.targets, layer, score)
 
     @property
     def attention(self) -> Attention:
@@ -98,6 +100,18 @@ class Batch:
     def generator(self, i: int) -> torch.Generator:
         """A generator on the CPU for image i, seeded by the run, the explainer and the image's id alone."""
         return torch.Generator().manual_seed(seed_of(self.seed, self.seed_key, self.ids[i]))
+
+    def note(self, which: Tensor, text: str) -> None:
+        """Say of the maps of some images how they came about; it stands as the reason beside their values.
+
+        For what a reader should know of a map that is sound, such as a fallback of the method.
+
+        Args:
+            which: bool (B,).
+            text: one line.
+        """
+        for i in which.nonzero().flatten().tolist():
+            self.notes[i] = f"{self.notes[i]}; {text}" if i in self.notes else text
 
     def ties(self) -> Tensor:
         """(B, H, W): the field that orders tied pixels, equal for all maps of an image.
@@ -140,6 +154,7 @@ class Batch:
             masks=None if self.masks is None else self.masks[index],
             boxes=None if self.boxes is None else [self.boxes[i] for i in positions],
             cache={},
+            notes={},
         )
 
     def with_seed_key(self, key: str) -> Batch:

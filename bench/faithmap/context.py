@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from faithmap.attention import Attention
-from faithmap.errors import RequestError
+from faithmap.cam import READINGS, read_scores
+from faithmap.errors import RequestError, nearest
 from faithmap.models import Model
 
 
@@ -34,7 +35,7 @@ class Context:
         self._logits: Tensor | None = None
         self._activations: dict[str, Tensor] = {}
         self._graphs: dict[str, tuple[Tensor, Tensor]] = {}
-        self._gradients: dict[tuple[str, str], Tensor] = {}
+        self._gradients: dict[tuple[str, str, str], Tensor] = {}
         self._attention: Attention | None = None
 
     @property
@@ -53,24 +54,40 @@ class Context:
 
     def activations(self, layer: str | None = None) -> Tensor:
         """Features (B, C, h, w) of a layer, the target layer by default, without a graph."""
+        return self.model.features(self.outputs(layer), layer, self._size)
+
+    def gradients(self, targets: Tensor, layer: str | None = None, score: str = "logit") -> Tensor:
+        """Gradients (B, C, h, w) of the targets' scores with respect to a layer's features.
+
+        Args:
+            targets: (B,) classes.
+            layer: dotted name of the layer; the model's target layer by default.
+            score: "logit", or "probability" (softmax over the classes).
+        """
+        return self.model.features(self.output_gradients(targets, layer, score), layer, self._size)
+
+    def outputs(self, layer: str | None = None) -> Tensor:
+        """What a layer returns, as it is: of a transformer tokens (B, N, D), prefix tokens among them."""
         name = layer or self.model.target_layer
         if name not in self._activations:
             self._capture(name)
-        return self.model.features(self._activations[name], layer, self._size)
+        return self._activations[name]
 
-    def gradients(self, targets: Tensor, layer: str | None = None) -> Tensor:
-        """Gradients (B, C, h, w) of the target logits with respect to a layer's features."""
+    def output_gradients(self, targets: Tensor, layer: str | None = None, score: str = "logit") -> Tensor:
+        """Gradients of the targets' scores with respect to `outputs`; arguments as for `gradients`."""
+        if score not in READINGS:
+            raise RequestError(f"unknown score '{score}'; {nearest(score, READINGS)}")
         name = layer or self.model.target_layer
-        key = (name, ",".join(str(int(target)) for target in targets))
+        key = (name, score, ",".join(str(int(target)) for target in targets))
         if key not in self._gradients:
             if name not in self._graphs:
                 self._capture(name)
             leaf, logits = self._graphs.pop(name)
             with torch.enable_grad():  # whoever asks may have switched gradients off
-                chosen = logits.gather(1, targets.view(-1, 1)).sum()
+                chosen = read_scores(logits, targets, score).sum()
             (gradient,) = torch.autograd.grad(chosen, leaf, allow_unused=True)
             self._gradients[key] = torch.zeros_like(leaf) if gradient is None else gradient
-        return self.model.features(self._gradients[key], layer, self._size)
+        return self._gradients[key]
 
     @property
     def attention(self) -> Attention:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -26,6 +26,7 @@ class MapSet:
     #: (B, h, w) float32; zeros where there is no map.
     maps: Tensor
     status: list[Status]
+    #: Why there is no map; of a map that is sound, what its explainer noted of it, mostly nothing.
     reasons: list[str]
 
     @property
@@ -83,6 +84,8 @@ def bind(
             single = seeded.select([i])
             with forked_random_state(seed_of(batch.seed, key, batch.ids[i]), model.device):
                 maps.append(as_maps(plugin.name, inner(model, single), single))
+            if single.notes:
+                seeded.notes[i] = single.notes[0]
         return torch.cat(maps)
 
     return call
@@ -138,9 +141,12 @@ def explain_batch(call: Callable[[Model, Batch], Maps], model: Model, batch: Bat
     The model is in evaluation mode and every hook left on it is removed. A batch that raises is
     tried again image by image.
     """
+    own = replace(batch, notes={})
     try:
         with guarded(model):
-            return judge(call(model, batch))
+            found = judge(call(model, own))
+        reasons = [reason or own.notes.get(i, "") for i, reason in enumerate(found.reasons)]
+        return replace(found, reasons=reasons)
     except RequestError:
         raise
     except Exception as error:

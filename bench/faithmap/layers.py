@@ -189,6 +189,17 @@ def _is_windowed(module: nn.Module) -> bool:
     return any("Swin" in type(sub).__name__ for sub in module.modules())
 
 
+def middle_block(module: nn.Module) -> str | None:
+    """The block halfway up a plain vision transformer, such as the 6th of 12; None for other networks."""
+    tokens = _token_layout(module)
+    if tokens is None:
+        return None
+    last = tokens[0].rpartition(".")[0]
+    blocks = last.rpartition(".")[0]
+    names = [name for name, _ in module.get_submodule(blocks).named_children()]
+    return f"{blocks}.{names[(len(names) + 1) // 2 - 1]}"
+
+
 def _token_layout(module: nn.Module) -> tuple[str, tuple[int, int]] | None:
     """Target layer and token grid of the plain vision transformers that are known by their shape."""
     blocks = getattr(module, "blocks", None)

@@ -152,7 +152,7 @@ def _verdict(use: MetricUse, score: str, given: Values, found: MapSet, size: int
         verdict.status.append(status)
         verdict.values.append(value if status == "ok" else None)
         verdict.curves.append(tuple(curves[i]) if curves is not None and status == "ok" else None)
-        verdict.reasons.append(_reason(status, reason, found.reasons[i]))
+        verdict.reasons.append(_reason(status, reason, found.reasons[i], found.status[i]))
     return verdict
 
 
@@ -166,9 +166,9 @@ def _status(value: float, reason: str, map_status: Status, empty: bool, map_free
     return "ok" if math.isfinite(value) else "failed"
 
 
-def _reason(status: Status, given: str, of_map: str) -> str:
+def _reason(status: Status, given: str, of_map: str, map_status: Status) -> str:
     if status == "ok":
-        return ""
+        return of_map if map_status == "ok" else ""
     fallback = {
         "failed": "the score is NaN or infinite",
         "empty": "the map holds nothing that this score could use",

@@ -1,0 +1,424 @@
+"""SCAN: a decoder's confidence in reconstructing the image from gradient-masked features."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Mapping
+from itertools import islice
+from typing import TYPE_CHECKING, Any
+
+from faithmap import explainer
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from faithmap.batch import Batch, Maps
+    from faithmap.decoders import Decoder
+    from faithmap.gradient_masks import Layout, Masked
+    from faithmap.models import Model
+
+#: Whose gradient masks the features in training.
+TRAINING_CLASSES = ("label", "predicted")
+#: What a map shows.
+OUTPUTS = ("confidence", "error")
+#: How the learning rate goes on.
+SCHEDULES = ("cosine", "constant")
+#: Where it ends by the cosine.
+LAST_RATE = 1e-6
+
+
+def _misfit(model: Model) -> str | None:
+    from faithmap.decoders import misfit
+
+    return misfit(model)
+
+
+def _backwards(model: Model, params: Mapping[str, Any]) -> float:
+    """One image, or none where nothing is masked."""
+    return 0.0 if params.get("mask") == "none" else 1.0
+
+
+@explainer(
+    name="scan", version=1, source="SCAN (arXiv:2603.06523), eq. 1, 3 to 10",
+    defined_for=_misfit, forwards=1, backwards=_backwards, check_params={"width": 0.125},
+)  # fmt: skip
+class Scan:
+    """Self-confidence of a decoder that reconstructs the image from features masked by the gradient.
+
+    Features F of a layer are kept where the target's positive gradient reaches its percentile (eq. 1). A
+    decoder, trained on images of the same kind, gives from them a reconstruction and a confidence C, of
+    which it may spend about 1 / (1 + alpha) of the image's area (eq. 4 to 10). The map is C. Shape
+    (B, H, W) of the image; range [0, 1], as it is, without any rescaling. One forward and one backward
+    pass to the layer, then one pass of the decoder. It must be fitted first, once for a model and its
+    images.
+
+    Published: alpha 4, percentile 95 (drawn from U(70, 100) in training), lambda 0.1, the decoder's
+    outline, the layers. Read from the authors' codes, where they agree: the forms of eq. 4 to 8, no
+    stopped gradients, Adam at 1e-3. Where they differ there is a parameter: `weighting`, `stretch`,
+    `blur`, `scalar`, `training_class`. An image without any positive gradient is not masked, as in both
+    codes; it is noted.
+
+    Args:
+        layer: dotted name of the layer; by default the block halfway up a vision transformer (the 6th of 12),
+            of other models the target layer, the last stage.
+        alpha: weight of confidence in eq. 9, above 0; the target area is 1 / (1 + alpha).
+        flexibility: the paper's lambda (eq. 8), 0 or more.
+        percentile: of the positive gradients, when explaining; 0 to 100.
+        lowest_percentile: in training it is drawn between this and 100 for each image and step.
+        stretch: a of the stretching sine (eq. 4); 0.15 in the PyTorch code, 1.5 in the TensorFlow code.
+        squash: "sine", or "sigmoid" (the paper's ablation).
+        blur: sigma of the target's blur in cells of the features (eq. 7); 1 in the PyTorch code, 0.5 in the
+            TensorFlow code, 0 for none, which is what both do for transformers.
+        weighting: "amplified", alpha C (eq. 9 in the paper's words and the PyTorch code), or "discounted",
+            C / alpha (the TensorFlow code). See `faithmap.reconstruction.error_weights`.
+        scalar: what the gradient is of: "logit" (PyTorch code) or "probability" (TensorFlow code).
+        training_class: whose gradient masks in training: "label" (PyTorch code; the prediction where there
+            is no label) or "predicted" (TensorFlow code).
+        width: multiplies the decoder's channels; 1 as published, less for small models.
+        mask: "gradient"; "positive" keeps all positive gradients (percentile 0); "none" and "random" (as many
+            entries, anywhere) are controls.
+        output: "confidence", or "error": the distance of the reconstruction from its target in [-1, 1], mean
+            over the colours; a control.
+
+    Raises:
+        RequestError: a parameter is out of range or not known.
+    """
+
+    #: The parameters that a trained decoder depends on.
+    FIT_PARAMS = frozenset(
+        {
+            "layer", "alpha", "flexibility", "lowest_percentile", "stretch", "squash", "blur", "weighting",
+            "scalar", "training_class", "width", "mask",
+        }
+    )  # fmt: skip
+
+    def __init__(
+        self,
+        *,
+        layer: str | None = None,
+        alpha: float = 4.0,
+        flexibility: float = 0.1,
+        percentile: float = 95.0,
+        lowest_percentile: float = 70.0,
+        stretch: float = 0.15,
+        squash: str = "sine",
+        blur: float = 1.0,
+        weighting: str = "amplified",
+        scalar: str = "logit",
+        training_class: str = "label",
+        width: float = 1.0,
+        mask: str = "gradient",
+        output: str = "confidence",
+    ) -> None:
+        from faithmap.cam import READINGS
+        from faithmap.gradient_masks import MASKS
+        from faithmap.reconstruction import SQUASHES, WEIGHTINGS
+
+        _within("alpha", alpha, 0, math.inf, open_low=True)
+        _within("flexibility", flexibility, 0, math.inf)
+        _within("percentile", percentile, 0, 100)
+        _within("lowest_percentile", lowest_percentile, 0, 100)
+        _within("stretch", stretch, 0, math.inf)
+        _within("blur", blur, 0, math.inf)
+        _within("width", width, 0, 8, open_low=True)
+        _one_of("squash", squash, SQUASHES)
+        _one_of("weighting", weighting, WEIGHTINGS)
+        _one_of("scalar", scalar, READINGS)
+        _one_of("training_class", training_class, TRAINING_CLASSES)
+        _one_of("mask", mask, MASKS)
+        _one_of("output", output, OUTPUTS)
+        self.layer, self.width, self.mask, self.scalar = layer, width, mask, scalar
+        self.alpha, self.flexibility, self.weighting = alpha, flexibility, weighting
+        self.percentile, self.lowest_percentile = percentile, lowest_percentile
+        self.stretch, self.squash, self.blur = stretch, squash, blur
+        self.training_class, self.output = training_class, output
+        self._decoder: Decoder | None = None
+
+    def __call__(self, model: Model, batch: Batch) -> Maps:
+        """Maps (B, H, W): the confidence in [0, 1], or the reconstruction's error.
+
+        Raises:
+            RequestError: no decoder is loaded, or none for images of this size.
+        """
+        from faithmap.reconstruction import blurred_target
+
+        decoded, masked = self._decoded(model, batch)
+        if self.output == "confidence":
+            return self._confidence(decoded)
+        target = blurred_target(batch.images.float(), masked.layout.grid, self.blur)
+        return (target - decoded[:, 1:]).abs().mean(1)
+
+    def reconstruct(self, model: Model, batch: Batch) -> Tensor:
+        """The decoder's reconstruction (B, 3, H, W) in [0, 1]: what it still sees in the masked features."""
+        decoded, _ = self._decoded(model, batch)
+        return ((decoded[:, 1:] + 1) / 2).clamp(0, 1)
+
+    def load(self, model: Model, tensors: Mapping[str, Tensor]) -> None:
+        """Make the decoder of a fit ready: on the model's device, frozen, in evaluation mode.
+
+        Args:
+            model: the model that it was fitted for.
+            tensors: what `fit` returned, in any floating type.
+
+        Raises:
+            RequestError: they do not belong to a decoder for this model at these parameters.
+        """
+        from faithmap.decoders import fold_norms, seeded_decoder
+        from faithmap.errors import RequestError
+        from faithmap.gradient_masks import layout_of
+
+        decoder = seeded_decoder(layout_of(model, self.layer), self.width, 0, model.device)
+        expected = _weights(decoder)
+        shapes = {name: tuple(value.shape) for name, value in tensors.items()}
+        if shapes != {name: tuple(value.shape) for name, value in expected.items()}:
+            raise RequestError(
+                f"scan: these tensors are no decoder of width {self.width:g} for model '{model.name}'; "
+                "give those that were fitted for this model, layer and width"
+            )
+        decoder.load_state_dict({name: value.float() for name, value in tensors.items()}, strict=False)
+        decoder.requires_grad_(False).eval()
+        fold_norms(decoder)
+        self._decoder = decoder
+
+    def fit(
+        self,
+        model: Model,
+        data: Any,
+        session: Any,
+        *,
+        epochs: int = 5,
+        batch_size: int = 32,
+        rate: float = 1e-3,
+        schedule: str = "cosine",
+    ) -> dict[str, Tensor]:
+        """Train the decoder on images; the model stays as it is.
+
+        Published: 5 epochs on ImageNet, 50 on CUB-200-2011, 10 on Food-101. From the codes: Adam at 1e-3;
+        batches of 32 and a constant rate (TensorFlow), 128 and a cosine to 1e-6 (PyTorch, stepped each
+        epoch; here each step). No augmentation but the random percentile.
+
+        Args:
+            model: the model.
+            data: `len(data)` images; `data.batches(batch_size, epoch, shuffle=, drop_last=)` yields images
+                (B, 3, H, W) in [0, 1] and labels (B,), -1 where unknown, on the model's device, in an order
+                that depends on the seed and the epoch alone.
+            session: `seed`; `precision` ("fp32" or "bf16") of the decoder's layers; `resume()`, the state
+                last kept or None; `checkpoint(make_state)`, called after each step; `report(step, steps,
+                values)`.
+            epochs: passes over the images, 1 or more.
+            batch_size: images in a step; a last batch that is smaller is left out.
+            rate: of Adam, at the start.
+            schedule: "cosine" or "constant".
+
+        Returns:
+            The decoder's weights and running statistics, float32, on the CPU.
+
+        Raises:
+            RequestError: a setting is out of range, or a label is no class of the model.
+            FaithmapError: the loss is no longer finite, or an epoch has fewer batches than it should.
+        """
+        import torch
+
+        from faithmap.errors import FaithmapError, RequestError
+        from faithmap.explaining import guarded
+
+        _one_of("schedule", schedule, SCHEDULES)
+        if min(epochs, batch_size, len(data)) < 1 or rate <= 0:
+            raise RequestError(
+                f"scan: got {len(data)} images, epochs {epochs}, batch_size {batch_size}, rate {rate:g}; "
+                "expected one or more of each, and a rate above 0"
+            )
+        with guarded(model), torch.enable_grad():
+            model.requires_grad_(False)  # the graph to the layer then keeps nothing for the weights
+            training = _Training(self, model, session.seed, session.precision)
+            each = max(1, len(data) // batch_size)
+            steps = epochs * each
+            training.restore(session.resume())
+            while training.step < steps:
+                epoch, done = divmod(training.step, each)
+                # Images of fewer than a batch make one.
+                batches = data.batches(batch_size, epoch, shuffle=True, drop_last=len(data) >= batch_size)
+                for images, labels in islice(batches, done, each):
+                    share = training.step / steps if schedule == "cosine" else 0.0
+                    values = training.advance(images, labels, epoch, _rate(rate, share))
+                    session.report(training.step, steps, values)
+                    session.checkpoint(training.state)
+                if training.step != (epoch + 1) * each:
+                    raise FaithmapError(
+                        f"scan: epoch {epoch + 1} has {training.step - epoch * each} batches, expected {each}"
+                    )
+        weights = _weights(training.decoder).items()
+        return {name: value.detach().float().cpu().contiguous() for name, value in weights}
+
+    def _decoded(self, model: Model, batch: Batch) -> tuple[Tensor, Masked]:
+        """The decoder's output (B, 4, H, W), and what it was given."""
+        import torch
+
+        from faithmap.decoders import decode_batch
+        from faithmap.errors import RequestError
+        from faithmap.gradient_masks import analysed_layer, masked_features, note_unmasked
+
+        if self._decoder is None:
+            raise RequestError(
+                f"scan has no decoder for model '{model.name}'; train one with "
+                f"`faithmap train scan --model {model.name} --dataset DATASET`"
+            )
+        name = analysed_layer(model, self.layer)
+        noise = None
+        if self.mask == "random":
+            shape = batch.context.outputs(name).shape[1:]
+            noise = torch.stack([torch.rand(shape, generator=batch.generator(i)) for i in range(len(batch))])
+        masked = masked_features(
+            batch.context, batch.targets, name, mask=self.mask, percentiles=self.percentile,
+            score=self.scalar, noise=noise,
+        )  # fmt: skip
+        note_unmasked(batch, masked.unmasked)
+        return decode_batch(self._decoder, model, masked), masked
+
+    def _confidence(self, decoded: Tensor) -> Tensor:
+        from faithmap.reconstruction import confidence_of
+
+        return confidence_of(decoded[:, 0], self.squash, self.stretch)
+
+
+class _Training:
+    """A decoder on its way: its optimiser, its step, and how to go on from a checkpoint.
+
+    All that is random in a step is drawn from a generator seeded by the run, the epoch and the step, so that
+    nothing but the weights, the optimiser and the step has to be kept.
+    """
+
+    def __init__(self, method: Scan, model: Model, seed: int, precision: str) -> None:
+        import torch
+
+        from faithmap.batch import seed_of
+        from faithmap.decoders import seeded_decoder
+        from faithmap.gradient_masks import layout_of
+
+        self.method, self.model, self.seed, self.precision = method, model, seed, precision
+        self.layout: Layout = layout_of(model, method.layer)
+        first = seed_of(seed, "scan", "weights")
+        self.decoder = seeded_decoder(self.layout, method.width, first, model.device).train()
+        self.adam = torch.optim.Adam(self.decoder.parameters())
+        self.step = 0
+
+    def state(self) -> dict[str, Any]:
+        """All that the next step depends on, in copies that training does not go on to change."""
+        import torch
+
+        weights = {
+            name: value.detach().cpu().clone(memory_format=torch.contiguous_format)
+            for name, value in self.decoder.state_dict().items()
+        }
+        return {"step": self.step, "decoder": weights, "adam": copy.deepcopy(self.adam.state_dict())}
+
+    def restore(self, state: Mapping[str, Any] | None) -> None:
+        """Go on from a state; from the beginning where there is none."""
+        if state is not None:
+            self.step = int(state["step"])
+            self.decoder.load_state_dict(state["decoder"])
+            self.adam.load_state_dict(state["adam"])
+
+    def advance(self, images: Tensor, labels: Tensor, epoch: int, rate: float) -> dict[str, float]:
+        """One step of Adam; returns the losses, the mean confidence and its target, and what fell back."""
+        import torch
+
+        from faithmap.batch import seed_of
+        from faithmap.decoders import decode
+        from faithmap.errors import FaithmapError
+        from faithmap.reconstruction import blurred_target, losses, target_area
+
+        method = self.method
+        generator = torch.Generator().manual_seed(seed_of(self.seed, "scan", str(epoch), str(self.step)))
+        masked = self._masked(images, labels, generator)
+        decoded = decode(self.decoder, masked.values, masked.layout.grid, self.precision)
+        found = losses(
+            method._confidence(decoded), decoded[:, 1:],
+            blurred_target(images, masked.layout.grid, method.blur),
+            alpha=method.alpha, flexibility=method.flexibility, weighting=method.weighting,
+        )  # fmt: skip
+        loss = found.total.mean()
+        self.adam.zero_grad(set_to_none=True)
+        loss.backward()
+        for group in self.adam.param_groups:
+            group["lr"] = rate
+        self.adam.step()
+        self.step += 1
+        parts = [found.total, found.confidence, found.reconstruction, found.error, found.area]
+        # One wait for the device.
+        means = torch.stack(
+            [*(part.detach().mean() for part in parts), masked.unmasked.float().sum()]
+        ).tolist()
+        if not math.isfinite(means[0]):
+            raise FaithmapError(f"scan: the loss is {means[0]} at step {self.step}; try a lower rate")
+        names = ("loss", "confidence_loss", "reconstruction_loss", "error", "confidence", "unmasked")
+        return {**dict(zip(names, means, strict=True)), "area": target_area(method.alpha), "rate": rate}
+
+    def _masked(self, images: Tensor, labels: Tensor, generator: torch.Generator) -> Masked:
+        """Features of training images, masked at random percentiles."""
+        import torch
+
+        from faithmap.context import Context
+        from faithmap.gradient_masks import masked_features
+
+        method, name = self.method, self.layout.layer
+        context = Context(self.model, images)
+        outputs = context.outputs(name)  # before the logits, so that one pass gives both
+        lowest = method.lowest_percentile
+        drawn = torch.rand(len(images), generator=generator, dtype=torch.float64)
+        noise = None
+        if method.mask == "random":
+            noise = torch.rand(outputs.shape, generator=generator)
+        masked = masked_features(
+            context, self._classes(context.logits, labels), name, mask=method.mask,
+            percentiles=lowest + (100 - lowest) * drawn, score=method.scalar, noise=noise,
+        )  # fmt: skip
+        context.release()
+        return masked
+
+    def _classes(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """The classes (B,) whose gradients mask."""
+        import torch
+
+        from faithmap.errors import RequestError
+
+        predicted = logits.argmax(1)
+        if self.method.training_class == "predicted" or self.method.mask == "none":
+            return predicted
+        highest = int(labels.max())
+        if highest >= logits.shape[1]:
+            raise RequestError(
+                f"scan: an image has label {highest}, and model '{self.model.name}' knows {logits.shape[1]} "
+                'classes; give images with its labels, or training_class="predicted"'
+            )
+        return torch.where(labels < 0, predicted, labels)
+
+
+def _rate(rate: float, share: float) -> float:
+    """The learning rate when a share of the steps is done: half a cosine down to `LAST_RATE`."""
+    last = min(rate, LAST_RATE)
+    return last + (rate - last) * (1 + math.cos(math.pi * share)) / 2
+
+
+def _weights(decoder: Decoder) -> dict[str, Tensor]:
+    """Weights and running statistics, without the counters that torch keeps beside them."""
+    state: dict[str, Tensor] = decoder.state_dict()
+    return {name: value for name, value in state.items() if value.is_floating_point()}
+
+
+def _within(name: str, value: float, low: float, high: float, *, open_low: bool = False) -> None:
+    from faithmap.errors import RequestError
+
+    if not low <= value <= high or (open_low and value == low):
+        least = f"above {low:g}" if open_low else f"{low:g} or more"
+        most = "" if high == math.inf else f", up to {high:g}"
+        raise RequestError(f"scan, {name}: got {value:g}, expected {least}{most}")
+
+
+def _one_of(name: str, value: str, known: tuple[str, ...]) -> None:
+    from faithmap.errors import RequestError, nearest
+
+    if value not in known:
+        raise RequestError(f"scan, {name}: got '{value}'; {nearest(value, known)}")

@@ -1,0 +1,451 @@
+"""What SCAN is made of: masks, losses, decoders; against slow rewrites, closed forms and torch's layers."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from conftest import make_batch, make_cnn, make_vit
+from torch import nn
+
+import slow_scan
+from faithmap import decoders, masking, reconstruction
+from faithmap.batch import Batch
+from faithmap.context import Context
+from faithmap.decoders import Block, Residual, build_decoder, seeded_decoder
+from faithmap.errors import RequestError
+from faithmap.layers import middle_block
+from faithmap.gradient_masks import Layout
+from faithmap.models import Model
+
+
+def draw(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+class TestMask:
+    @pytest.mark.parametrize("interpolation", masking.INTERPOLATIONS)
+    @pytest.mark.parametrize("percentile", [0.0, 12.5, 70.0, 95.0, 99.9, 100.0])
+    def test_equals_the_slow_percentile(self, percentile: float, interpolation: str) -> None:
+        gradients = draw(3, 4, 5, 6)
+        found, unmasked = masking.gradient_mask(gradients, percentile, interpolation)
+        for one, expected in zip(found.numpy(), gradients.numpy(), strict=True):
+            assert np.array_equal(one, slow_scan.mask(expected, percentile, interpolation))
+        assert not unmasked.any()
+
+    def test_tied_gradients_are_kept_or_dropped_together(self) -> None:
+        values = draw(40, seed=1)
+        gradients = values.repeat_interleave(9).view(1, 40, 3, 3)
+        for percentile in (70.0, 90.3, 95.0):
+            kept = masking.gradient_mask(gradients, percentile)[0][0].flatten(1)
+            assert torch.equal(kept.any(1), kept.all(1))
+            assert np.array_equal(
+                kept.numpy().reshape(40, 3, 3), slow_scan.mask(gradients[0].numpy(), percentile)
+            )
+
+    def test_each_image_has_its_own_percentile(self) -> None:
+        gradients = draw(3, 100)
+        percentiles = torch.tensor([70.0, 95.0, 100.0])
+        found, _ = masking.gradient_mask(gradients, percentiles)
+        for i in range(3):
+            assert torch.equal(
+                found[i], masking.gradient_mask(gradients[i : i + 1], float(percentiles[i]))[0][0]
+            )
+        assert int(found[2].sum()) == 1  # P = 100 keeps the largest alone
+
+    def test_without_a_positive_gradient_nothing_is_masked_and_that_is_told(self) -> None:
+        gradients = torch.stack([-draw(50).abs(), draw(50), torch.zeros(50, dtype=torch.float64)])
+        found, unmasked = masking.gradient_mask(gradients, 95.0)
+        assert unmasked.tolist() == [True, False, True]
+        assert found.all(1).tolist() == [True, False, True]
+
+    def test_percentile_zero_still_drops_what_is_not_positive(self) -> None:
+        gradients = draw(2, 60)
+        assert torch.equal(masking.gradient_mask(gradients, 0.0)[0], gradients > 0)
+
+    def test_five_of_a_hundred_remain_at_95(self) -> None:
+        gradients = torch.cat([torch.arange(1.0, 102.0), -torch.arange(1.0, 300.0)]).view(1, -1)
+        kept = masking.gradient_mask(gradients, 95.0)[0]
+        assert gradients[kept].tolist() == [96, 97, 98, 99, 100, 101]  # the percentile itself is 96
+
+    def test_wrong_requests_are_named(self) -> None:
+        with pytest.raises(RequestError, match=r"percentile: got 101\.0, expected 0 to 100"):
+            masking.gradient_mask(draw(1, 9), 101.0)
+        with pytest.raises(RequestError, match="unknown interpolation 'linnear'; did you mean 'linear'"):
+            masking.gradient_mask(draw(1, 9), 95.0, "linnear")
+
+    def test_the_random_mask_keeps_as_many_elsewhere(self) -> None:
+        chosen = masking.gradient_mask(draw(3, 7, 8, 8), torch.tensor([70.0, 90.0, 95.0]))[0]
+        noise = torch.rand(3, 7, 8, 8, generator=torch.Generator().manual_seed(3))
+        found = masking.random_mask(chosen, noise)
+        assert torch.equal(found.flatten(1).sum(1), chosen.flatten(1).sum(1))
+        for i in range(3):
+            assert float(noise[i][found[i]].max()) < float(noise[i][~found[i]].min())
+
+    def test_a_pooled_linear_head_selects_whole_channels(self, cnn: Model) -> None:
+        """Behind mean pooling every cell of a channel has one gradient, w / cells: no place is preferred."""
+        batch = make_batch(cnn, 4)
+        weights = cnn.module.head.weight[batch.targets].detach()
+        for percentile in (0.0, 70.0, 95.0, 100.0):
+            kept = masking.gradient_mask(batch.gradients(), percentile)[0].flatten(2)
+            assert torch.equal(kept.any(2), kept.all(2))
+            for weight, channels in zip(weights, kept.all(2), strict=True):
+                assert float(weight[channels].min()) > max(0.0, float(weight[~channels].max()))
+            if percentile == 0:
+                assert torch.equal(kept.all(2), weights > 0)
+
+
+class TestMaskedFeatures:
+    def test_of_a_cnn(self, cnn: Model) -> None:
+        batch = make_batch(cnn, 3)
+        masked = masking.masked_features(batch.context, batch.targets, cnn.target_layer, percentiles=80.0)
+        assert masked.layout == Layout("body", False, 6, (8, 8), (32, 32))
+        kept = slow_scan.mask(batch.gradients()[1].double().numpy(), 80.0)
+        assert np.array_equal(
+            masked.values[1].numpy(), batch.activations()[1].numpy() * kept.astype(np.float32)
+        )
+
+    def test_of_a_transformer_all_tokens_count(self, vit: Model) -> None:
+        batch = make_batch(vit, 2)
+        name = masking.analysed_layer(vit)
+        masked = masking.masked_features(batch.context, batch.targets, name, percentiles=90.0)
+        assert masked.values.shape == (2, 65, 64) and masked.layout.tokens and masked.layout.grid == (8, 8)
+        outputs, gradients = batch.context.outputs(name), batch.context.output_gradients(batch.targets, name)
+        assert torch.equal(vit.features(outputs, name), batch.activations(name))
+        kept = slow_scan.mask(gradients[0].double().numpy(), 90.0)
+        assert np.array_equal(masked.values[0].numpy(), outputs[0].numpy() * kept.astype(np.float32))
+        assert kept[0].any()  # the class token's gradient is among the largest
+
+    def test_one_forward_and_one_backward(self, model: Model, batch: Batch) -> None:
+        fresh = batch.select(range(4))
+        with model.counting() as meter:
+            masking.masked_features(fresh.context, batch.targets, masking.analysed_layer(model))
+        assert (meter.forwards, meter.backwards) == (4, 4)
+        with model.counting() as meter:
+            masking.layout_of(model)
+        assert (meter.forwards, meter.backwards) == (0, 0)
+
+    def test_no_mask_takes_no_gradient(self, cnn: Model) -> None:
+        batch = make_batch(cnn, 3).select(range(3))
+        with cnn.counting() as meter:
+            masked = masking.masked_features(batch.context, batch.targets, cnn.target_layer, mask="none")
+        assert meter.backwards == 0
+        assert torch.equal(masked.values, batch.activations())
+
+    def test_the_gradient_of_a_probability(self, cnn: Model) -> None:
+        batch = make_batch(cnn, 3)
+        features = batch.activations().clone().requires_grad_()
+        logits = cnn.module.head(features.mean((2, 3)))
+        chosen = logits.softmax(1).gather(1, batch.targets[:, None]).sum()
+        (expected,) = torch.autograd.grad(chosen, features)
+        assert torch.allclose(batch.gradients(score="probability"), expected, atol=1e-8)
+        assert not torch.allclose(batch.gradients(), expected, atol=1e-4)
+        with pytest.raises(RequestError, match="unknown score 'logits'; did you mean 'logit'"):
+            batch.gradients(score="logits")
+
+    def test_wrong_requests_are_named(self, cnn: Model) -> None:
+        batch = make_batch(cnn, 1)
+        with pytest.raises(RequestError, match="unknown mask 'gradients'; did you mean 'gradient'"):
+            masking.masked_features(batch.context, batch.targets, cnn.target_layer, mask="gradients")
+        with pytest.raises(RequestError, match="the random mask takes noise"):
+            masking.masked_features(batch.context, batch.targets, cnn.target_layer, mask="random")
+
+    def test_the_layer_is_the_block_halfway_up(self) -> None:
+        import timm
+        import torchvision
+
+        with torch.device("meta"):
+            networks = {
+                "blocks.5": timm.create_model("vit_tiny_patch16_224"),
+                "blocks.11": timm.create_model("vit_large_patch16_224"),
+                "encoder.layers.encoder_layer_5": torchvision.models.vit_b_16(),
+            }
+            assert middle_block(timm.create_model("test_resnet")) is None
+        for name, network in networks.items():
+            assert middle_block(network) == name
+        cnn = make_cnn()
+        assert masking.analysed_layer(cnn) == cnn.target_layer
+        assert masking.analysed_layer(cnn, "stem") == "stem"
+
+
+class TestStretchingSine:
+    def test_values_by_hand(self) -> None:
+        peak = 2 / (1 - 0.15 / 4)
+        assert peak == pytest.approx(2.0779, abs=1e-4)
+        found = reconstruction.stretching_sine(torch.tensor([0.0, peak, -peak, 0.0]).double())
+        assert found.tolist() == pytest.approx([0.5, 1.0, 0.0, 0.5])
+        assert float(reconstruction.stretching_sine(torch.tensor(3.2).double(), 1.5)) == pytest.approx(1.0)
+
+    @pytest.mark.parametrize("stretch", [0.0, 0.15, 1.5])
+    def test_equals_the_printed_form(self, stretch: float) -> None:
+        x = torch.linspace(-40, 40, 1001).double()
+        expected = [slow_scan.stretching_sine(float(value), stretch) for value in x]
+        assert reconstruction.stretching_sine(x, stretch).numpy() == pytest.approx(expected, abs=1e-12)
+
+    def test_slope_at_zero_and_ends(self) -> None:
+        x = torch.zeros(1, dtype=torch.float64, requires_grad=True)
+        reconstruction.stretching_sine(x).backward()
+        assert x.grad is not None and float(x.grad) == pytest.approx(math.pi / 8)
+        ends = reconstruction.stretching_sine(torch.tensor([1e9, -1e9]).double())
+        assert ends.tolist() == pytest.approx([0.0670, 0.9330], abs=1e-3)
+
+    def test_its_ablation_and_wrong_names(self) -> None:
+        x = draw(5)
+        assert torch.equal(reconstruction.confidence_of(x, "sigmoid"), x.sigmoid())
+        with pytest.raises(RequestError, match="unknown squash 'sin'; did you mean 'sine'"):
+            reconstruction.confidence_of(x, "sin")
+        with pytest.raises(RequestError, match="stretch: got -1"):
+            reconstruction.confidence_of(x, stretch=-1.0)
+
+
+class TestTarget:
+    @pytest.mark.parametrize(("cells", "taps"), [(7, 65), (14, 33), (28, 17), (56, 9)])
+    def test_the_published_kernels(self, cells: int, taps: int) -> None:
+        row = reconstruction.blur_matrix(224, cells, 1.0)[112]
+        assert int((row > 0).sum()) == taps
+        expected = slow_scan.kernel(224, cells, 1.0)
+        assert row[row > 0].numpy() == pytest.approx(expected, rel=1e-5)
+
+    @pytest.mark.parametrize("factor", [0.5, 1.0])
+    def test_equals_the_slow_blur(self, factor: float) -> None:
+        images = torch.rand(2, 3, 16, 12, generator=torch.Generator().manual_seed(0))
+        found = reconstruction.blurred_target(images, (4, 3), factor)
+        for one, image in zip(found.numpy(), images.double().numpy(), strict=True):
+            assert one == pytest.approx(slow_scan.blurred(image, (4, 3), factor), abs=1e-5)
+
+    def test_no_blur_and_plain_images(self) -> None:
+        images = torch.rand(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+        assert torch.equal(reconstruction.blurred_target(images, (4, 4), 0.0), 2 * images - 1)
+        plain = torch.full((1, 3, 32, 32), 0.25)
+        assert reconstruction.blurred_target(plain, (2, 2)).numpy() == pytest.approx(-0.5, abs=1e-5)
+        with pytest.raises(RequestError, match="blur: got -1"):
+            reconstruction.blurred_target(images, (4, 4), -1.0)
+
+
+def parts(seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """A confidence, a reconstruction and a target of two images."""
+    return (
+        draw(2, 5, 4, seed=seed).sigmoid(),
+        draw(2, 3, 5, 4, seed=seed + 1),
+        draw(2, 3, 5, 4, seed=seed + 2).tanh(),
+    )
+
+
+class TestLosses:
+    def test_areas_and_their_deviation(self) -> None:
+        assert [reconstruction.target_area(a) for a in (1, 2, 4, 8, 16)] == pytest.approx(
+            [1 / 2, 1 / 3, 1 / 5, 1 / 9, 1 / 17]
+        )
+        deviation = reconstruction.area_deviation(torch.tensor([0.5, 0.2, 0.0, 1.0]).double(), 0.2)
+        assert deviation[:2].tolist() == pytest.approx([0.36, 0.0])
+        assert bool((deviation[2:] > 1e6).all()) and bool(torch.isfinite(deviation).all())
+
+    @pytest.mark.parametrize("weighting", reconstruction.WEIGHTINGS)
+    @pytest.mark.parametrize(("alpha", "flexibility"), [(4.0, 0.1), (1.0, 0.0), (8.0, 0.5)])
+    def test_equal_the_slow_ones(self, weighting: str, alpha: float, flexibility: float) -> None:
+        confidence, colours, target = parts()
+        found = reconstruction.losses(
+            confidence, colours, target, alpha=alpha, flexibility=flexibility, weighting=weighting
+        )
+        weight = alpha if weighting == "amplified" else 1 / alpha
+        for i in range(2):
+            arrays = (tensor[i].numpy() for tensor in (confidence, colours, target))
+            confident, weighted = slow_scan.losses(*arrays, alpha, flexibility, weight)
+            assert float(found.confidence[i]) == pytest.approx(confident)
+            assert float(found.reconstruction[i]) == pytest.approx(weighted)
+            assert float(found.total[i]) == pytest.approx(confident + weighted)
+
+    def test_twice_the_error_at_alpha_one_and_half_the_area(self) -> None:
+        _, colours, target = parts()
+        found = reconstruction.losses(torch.full((2, 5, 4), 0.5).double(), colours, target, alpha=1.0)
+        assert torch.allclose(found.total, 2 * found.error)
+
+    @pytest.mark.parametrize(("weighting", "weight"), [("amplified", 4.0), ("discounted", 0.25)])
+    def test_who_gains_by_confidence(self, weighting: str, weight: float) -> None:
+        """dL / dC_i = (omega'(m) (MSE + lambda) + (w - 1) e_i) / pixels: 9a pays for a small e, 9b not."""
+        confidence, colours, target = parts()
+        confidence.requires_grad_()
+        found = reconstruction.losses(confidence, colours, target, weighting=weighting)
+        (gradient,) = torch.autograd.grad(found.total.sum(), confidence)
+        mean = confidence.detach().mean((1, 2)).requires_grad_()
+        (slope,) = torch.autograd.grad(reconstruction.area_deviation(mean, 0.2).sum(), mean)
+        errors = (target - colours).square().mean(1)
+        expected = ((slope * (found.error + 0.1))[:, None, None] + (weight - 1) * errors) / 20
+        assert torch.allclose(gradient, expected.detach())
+
+    def test_wrong_requests_are_named(self) -> None:
+        with pytest.raises(RequestError, match="unknown weighting 'amplify'; did you mean 'amplified'"):
+            reconstruction.losses(*parts(), weighting="amplify")
+        with pytest.raises(RequestError, match="alpha: got 0, expected a positive number"):
+            reconstruction.losses(*parts(), alpha=0.0)
+        with pytest.raises(RequestError, match="flexibility: got -1"):
+            reconstruction.losses(*parts(), flexibility=-1.0)
+
+
+def count(layout: Layout, width: float = 1.0) -> int:
+    with torch.device("meta"):
+        return sum(parameter.numel() for parameter in build_decoder(layout, width).parameters())
+
+
+def maps(channels: int, grid: tuple[int, int], size: tuple[int, int]) -> Layout:
+    return Layout("layer", False, channels, grid, size)
+
+
+def tokens(channels: int, grid: tuple[int, int], size: tuple[int, int]) -> Layout:
+    return Layout("layer", True, channels, grid, size)
+
+
+class TestDecoders:
+    def test_the_published_counts_of_parameters(self) -> None:
+        assert count(maps(2048, (7, 7), (224, 224))) == 8_257_668
+        assert count(maps(1024, (14, 14), (224, 224))) == 3_978_116
+        assert count(tokens(768, (14, 14), (224, 224))) == 31_080_164
+
+    def test_narrow_ones_are_small_files(self) -> None:
+        for width in (0.125, 0.25, 0.5):
+            for layout in (maps(64, (12, 12), (96, 96)), tokens(64, (12, 12), (96, 96))):
+                assert 2 * count(layout, width) < 1_000_000
+
+    @pytest.mark.parametrize("kind", [maps, tokens])
+    @pytest.mark.parametrize(
+        ("grid", "size"),
+        [((2, 2), (2, 2)), ((4, 4), (8, 8)), ((3, 2), (24, 16)), ((2, 3), (64, 96)), ((1, 2), (64, 128))],
+    )
+    def test_any_power_of_two_and_any_proportions(
+        self, kind: type, grid: tuple[int, int], size: tuple[int, int]
+    ) -> None:
+        decoder = seeded_decoder(kind(10, grid, size), 0.1, 0, torch.device("cpu")).eval()
+        shape = (2, 3 + grid[0] * grid[1], 10) if kind is tokens else (2, 10, *grid)
+        with torch.no_grad():
+            assert decoder(draw(*shape).float(), grid).shape == (2, 4, *size)
+
+    @pytest.mark.parametrize(
+        ("grid", "size"), [((7, 7), (96, 96)), ((8, 8), (32, 64)), ((16, 16), (8, 8)), ((3, 3), (13, 13))]
+    )
+    def test_other_sizes_are_refused(self, grid: tuple[int, int], size: tuple[int, int]) -> None:
+        with pytest.raises(RequestError, match="expected a power of two times the features along both axes"):
+            build_decoder(maps(4, grid, size))
+
+    def test_a_width_must_be_positive(self) -> None:
+        with pytest.raises(RequestError, match="width: got 0, expected above 0"):
+            build_decoder(maps(4, (4, 4), (8, 8)), 0.0)
+
+    def test_prefix_tokens_are_read_and_dropped(self) -> None:
+        layout = tokens(16, (2, 3), (8, 12))
+        decoder = seeded_decoder(layout, 0.25, 0, torch.device("cpu")).eval()
+        given = draw(1, 7, 16).float()
+        with torch.no_grad():
+            whole = decoder(given, (2, 3))
+            assert not torch.allclose(whole, decoder(given[:, 1:], (2, 3)), atol=1e-4)
+            given[:, [1, 2]] = given[:, [2, 1]]  # without positions, patches may change places
+            swapped = decoder(given, (2, 3))
+        assert not torch.allclose(swapped, whole, atol=1e-4)
+
+    def test_a_residual_module_by_hand(self) -> None:
+        module = Residual(6).eval()
+        x = draw(2, 6, 5, 5).float()
+        y = x
+        for norm, conv in (
+            (module.norm0, module.conv0),
+            (module.norm1, module.conv1),
+            (module.norm2, module.conv2),
+        ):
+            y = conv(
+                (y - norm.running_mean[:, None, None])
+                / (norm.running_var[:, None, None] + norm.eps).sqrt()
+                * (y > 0)
+            )
+        assert torch.allclose(module(x), x + y, atol=1e-5)
+        assert (module.conv0.out_channels, module.conv1.kernel_size, module.conv2.out_channels) == (
+            3,
+            (3, 3),
+            6,
+        )
+
+    @pytest.mark.parametrize("kind", [maps, tokens])
+    def test_folded_norms_change_nothing(self, kind: type) -> None:
+        decoder = seeded_decoder(kind(12, (4, 4), (16, 16)), 0.25, 0, torch.device("cpu"))
+        given = draw(6, 17, 12).float() if kind is tokens else draw(6, 12, 4, 4).float()
+        with torch.no_grad():
+            for module in decoder.modules():
+                if isinstance(module, nn.BatchNorm2d):
+                    module.weight.uniform_(-2, 2, generator=torch.Generator().manual_seed(1))
+                    module.bias.normal_(generator=torch.Generator().manual_seed(2))
+            for _ in range(5):
+                decoder(given, (4, 4))  # running statistics that are not the first ones
+            expected = decoder.eval()(given, (4, 4))
+            decoders.fold_norms(decoder)
+            assert torch.allclose(decoder(given, (4, 4)), expected, atol=1e-4 * float(expected.abs().max()))
+            decoders.fold_norms(decoder)  # a second time does nothing
+            assert torch.allclose(decoder(given, (4, 4)), expected, atol=1e-4 * float(expected.abs().max()))
+        norms = sum(isinstance(module, nn.BatchNorm2d) for module in decoder.modules())
+        assert norms == sum(isinstance(module, Residual) for module in decoder.modules())
+
+    def test_an_attention_block_equals_torchs_layer(self) -> None:
+        torch.manual_seed(0)
+        block = Block(128, 128)
+        layer = nn.TransformerEncoderLayer(128, 2, 512, dropout=0.0, activation="gelu", batch_first=True)
+        for mine, theirs in (
+            (block.project, layer.self_attn.out_proj), (block.norm0, layer.norm1), (block.norm1, layer.norm2),
+            (block.widen, layer.linear1), (block.narrow, layer.linear2),
+        ):  # fmt: skip
+            theirs.load_state_dict(mine.state_dict())
+        layer.self_attn.in_proj_weight.data.copy_(block.mix.weight)
+        layer.self_attn.in_proj_bias.data.copy_(block.mix.bias)
+        assert block.heads == 2
+        x = draw(2, 9, 128).float()
+        assert torch.allclose(block(x), layer(x), atol=1e-5)
+
+    def test_seeded_without_touching_the_global_state(self) -> None:
+        layout = maps(6, (4, 4), (16, 16))
+        torch.manual_seed(5)
+        before = torch.get_rng_state()
+        one, two, other = (seeded_decoder(layout, 0.25, seed, torch.device("cpu")) for seed in (1, 1, 2))
+        assert torch.equal(torch.get_rng_state(), before)
+        states = [decoder.state_dict() for decoder in (one, two, other)]
+        assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+        assert not all(torch.equal(states[0][name], states[2][name]) for name in states[0])
+
+    def test_the_initialisation_is_torchs(self) -> None:
+        """The same spread as a layer that torch makes, and norms that change nothing."""
+        decoder = seeded_decoder(maps(64, (4, 4), (8, 8)), 1.0, 0, torch.device("cpu"))
+        for module in decoder.modules():
+            if isinstance(module, nn.Conv2d | nn.ConvTranspose2d) and module.weight.numel() > 1000:
+                torch.manual_seed(0)
+                fresh = type(module)(module.in_channels, module.out_channels, module.kernel_size)
+                for mine, theirs in ((module.weight, fresh.weight), (module.bias, fresh.bias)):
+                    largest, expected = (float(one.detach().abs().max()) for one in (mine, theirs))
+                    assert largest == pytest.approx(expected, rel=0.2)
+            if isinstance(module, nn.BatchNorm2d):
+                assert module.weight.eq(1).all() and module.bias.eq(0).all()
+                assert module.running_mean.eq(0).all() and module.running_var.eq(1).all()
+
+    @pytest.mark.parametrize("make", [make_cnn, make_vit])
+    def test_in_bf16(self, make: object) -> None:
+        model = make()  # type: ignore[operator]
+        layout = masking.layout_of(model)
+        decoder = seeded_decoder(layout, 0.25, 0, torch.device("cpu")).eval()
+        batch = make_batch(model, 3)
+        masked = masking.masked_features(batch.context, batch.targets, layout.layer)
+        single = decoders.decode_batch(decoder, model, masked)
+        model.precision = "bf16"
+        half = decoders.decode_batch(decoder, model, masked)
+        assert half.dtype == torch.float32 and bool(torch.isfinite(half).all())
+        assert 0 < float((half - single).abs().max()) < 0.1 * float(single.max() - single.min())
+
+    def test_images_of_another_size_are_refused(self, cnn: Model) -> None:
+        layout = masking.layout_of(cnn)
+        decoder = seeded_decoder(layout, 0.25, 0, torch.device("cpu")).eval()
+        small = Context(cnn, torch.rand(1, 3, 48, 32, generator=torch.Generator().manual_seed(0)))
+        masked = masking.masked_features(small, torch.zeros(1).long(), layout.layer)
+        assert decoders.decode_batch(decoder, cnn, masked).shape == (1, 4, 48, 32)
+        early = masking.masked_features(small, torch.zeros(1).long(), "stem")
+        with pytest.raises(RequestError, match="the decoder enlarges features 4 times"):
+            decoders.decode_batch(decoder, cnn, early)
+
+    def test_why_none_fits(self, cnn: Model) -> None:
+        assert decoders.misfit(cnn) is None
+        odd = Model(cnn.module, mean=0.5, std=0.5, input_size=30)
+        assert "power of two" in str(decoders.misfit(odd))
