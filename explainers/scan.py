@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Mapping
-from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 from faithmap import explainer
@@ -27,6 +26,11 @@ OUTPUTS = ("confidence", "error")
 SCHEDULES = ("cosine", "constant")
 #: Where it ends by the cosine.
 LAST_RATE = 1e-6
+#: The parameters that a trained decoder depends on.
+FIT_PARAMS = (
+    "layer", "alpha", "flexibility", "lowest_percentile", "stretch", "squash", "blur", "weighting",
+    "scalar", "training_class", "width", "mask",
+)  # fmt: skip
 
 
 def _misfit(model: Model) -> str | None:
@@ -43,6 +47,7 @@ def _backwards(model: Model, params: Mapping[str, Any]) -> float:
 @explainer(
     name="scan", version=1, source="SCAN (arXiv:2603.06523), eq. 1, 3 to 10",
     defined_for=_misfit, forwards=1, backwards=_backwards, check_params={"width": 0.125},
+    fit_params=FIT_PARAMS, check_fit={"epochs": 2, "batch_size": 3},
 )  # fmt: skip
 class Scan:
     """Self-confidence of a decoder that reconstructs the image from features masked by the gradient.
@@ -85,14 +90,6 @@ class Scan:
     Raises:
         RequestError: a parameter is out of range or not known.
     """
-
-    #: The parameters that a trained decoder depends on.
-    FIT_PARAMS = frozenset(
-        {
-            "layer", "alpha", "flexibility", "lowest_percentile", "stretch", "squash", "blur", "weighting",
-            "scalar", "training_class", "width", "mask",
-        }
-    )  # fmt: skip
 
     def __init__(
         self,
@@ -201,12 +198,8 @@ class Scan:
 
         Args:
             model: the model.
-            data: `len(data)` images; `data.batches(batch_size, epoch, shuffle=, drop_last=)` yields images
-                (B, 3, H, W) in [0, 1] and labels (B,), -1 where unknown, on the model's device, in an order
-                that depends on the seed and the epoch alone.
-            session: `seed`; `precision` ("fp32" or "bf16") of the decoder's layers; `resume()`, the state
-                last kept or None; `checkpoint(make_state)`, called after each step; `report(step, steps,
-                values)`.
+            data: the images, a `faithmap.training.TrainingData`.
+            session: a `faithmap.training.Session`; its precision is that of the decoder's layers.
             epochs: passes over the images, 1 or more.
             batch_size: images in a step; a last batch that is smaller is left out.
             rate: of Adam, at the start.
@@ -217,11 +210,11 @@ class Scan:
 
         Raises:
             RequestError: a setting is out of range, or a label is no class of the model.
-            FaithmapError: the loss is no longer finite, or an epoch has fewer batches than it should.
+            FaithmapError: the loss is no longer finite.
         """
         import torch
 
-        from faithmap.errors import FaithmapError, RequestError
+        from faithmap.errors import RequestError
         from faithmap.explaining import guarded
 
         _one_of("schedule", schedule, SCHEDULES)
@@ -233,22 +226,20 @@ class Scan:
         with guarded(model), torch.enable_grad():
             model.requires_grad_(False)  # the graph to the layer then keeps nothing for the weights
             training = _Training(self, model, session.seed, session.precision)
-            each = max(1, len(data) // batch_size)
+            # Images of fewer than a batch make one.
+            partly = len(data) < batch_size
+            each = data.steps(batch_size, drop_last=not partly)
             steps = epochs * each
             training.restore(session.resume())
             while training.step < steps:
                 epoch, done = divmod(training.step, each)
-                # Images of fewer than a batch make one.
-                batches = data.batches(batch_size, epoch, shuffle=True, drop_last=len(data) >= batch_size)
-                for images, labels in islice(batches, done, each):
+                for images, labels in data.batches(batch_size, epoch, drop_last=not partly, start=done):
                     share = training.step / steps if schedule == "cosine" else 0.0
                     values = training.advance(images, labels, epoch, _rate(rate, share))
                     session.report(training.step, steps, values)
                     session.checkpoint(training.state)
-                if training.step != (epoch + 1) * each:
-                    raise FaithmapError(
-                        f"scan: epoch {epoch + 1} has {training.step - epoch * each} batches, expected {each}"
-                    )
+                # Batches of which no image could be read are not there.
+                training.step = (epoch + 1) * each
         weights = _weights(training.decoder).items()
         return {name: value.detach().float().cpu().contiguous() for name, value in weights}
 

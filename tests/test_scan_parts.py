@@ -11,13 +11,13 @@ from conftest import make_batch, make_cnn, make_vit
 from torch import nn
 
 import slow_scan
-from faithmap import decoders, masking, reconstruction
+from faithmap import decoders, gradient_masks, reconstruction
 from faithmap.batch import Batch
 from faithmap.context import Context
 from faithmap.decoders import Block, Residual, build_decoder, seeded_decoder
 from faithmap.errors import RequestError
-from faithmap.layers import middle_block
 from faithmap.gradient_masks import Layout
+from faithmap.layers import middle_block
 from faithmap.models import Model
 
 
@@ -26,11 +26,11 @@ def draw(*shape: int, seed: int = 0) -> torch.Tensor:
 
 
 class TestMask:
-    @pytest.mark.parametrize("interpolation", masking.INTERPOLATIONS)
+    @pytest.mark.parametrize("interpolation", gradient_masks.INTERPOLATIONS)
     @pytest.mark.parametrize("percentile", [0.0, 12.5, 70.0, 95.0, 99.9, 100.0])
     def test_equals_the_slow_percentile(self, percentile: float, interpolation: str) -> None:
         gradients = draw(3, 4, 5, 6)
-        found, unmasked = masking.gradient_mask(gradients, percentile, interpolation)
+        found, unmasked = gradient_masks.gradient_mask(gradients, percentile, interpolation)
         for one, expected in zip(found.numpy(), gradients.numpy(), strict=True):
             assert np.array_equal(one, slow_scan.mask(expected, percentile, interpolation))
         assert not unmasked.any()
@@ -39,7 +39,7 @@ class TestMask:
         values = draw(40, seed=1)
         gradients = values.repeat_interleave(9).view(1, 40, 3, 3)
         for percentile in (70.0, 90.3, 95.0):
-            kept = masking.gradient_mask(gradients, percentile)[0][0].flatten(1)
+            kept = gradient_masks.gradient_mask(gradients, percentile)[0][0].flatten(1)
             assert torch.equal(kept.any(1), kept.all(1))
             assert np.array_equal(
                 kept.numpy().reshape(40, 3, 3), slow_scan.mask(gradients[0].numpy(), percentile)
@@ -48,38 +48,38 @@ class TestMask:
     def test_each_image_has_its_own_percentile(self) -> None:
         gradients = draw(3, 100)
         percentiles = torch.tensor([70.0, 95.0, 100.0])
-        found, _ = masking.gradient_mask(gradients, percentiles)
+        found, _ = gradient_masks.gradient_mask(gradients, percentiles)
         for i in range(3):
             assert torch.equal(
-                found[i], masking.gradient_mask(gradients[i : i + 1], float(percentiles[i]))[0][0]
+                found[i], gradient_masks.gradient_mask(gradients[i : i + 1], float(percentiles[i]))[0][0]
             )
         assert int(found[2].sum()) == 1  # P = 100 keeps the largest alone
 
     def test_without_a_positive_gradient_nothing_is_masked_and_that_is_told(self) -> None:
         gradients = torch.stack([-draw(50).abs(), draw(50), torch.zeros(50, dtype=torch.float64)])
-        found, unmasked = masking.gradient_mask(gradients, 95.0)
+        found, unmasked = gradient_masks.gradient_mask(gradients, 95.0)
         assert unmasked.tolist() == [True, False, True]
         assert found.all(1).tolist() == [True, False, True]
 
     def test_percentile_zero_still_drops_what_is_not_positive(self) -> None:
         gradients = draw(2, 60)
-        assert torch.equal(masking.gradient_mask(gradients, 0.0)[0], gradients > 0)
+        assert torch.equal(gradient_masks.gradient_mask(gradients, 0.0)[0], gradients > 0)
 
     def test_five_of_a_hundred_remain_at_95(self) -> None:
         gradients = torch.cat([torch.arange(1.0, 102.0), -torch.arange(1.0, 300.0)]).view(1, -1)
-        kept = masking.gradient_mask(gradients, 95.0)[0]
+        kept = gradient_masks.gradient_mask(gradients, 95.0)[0]
         assert gradients[kept].tolist() == [96, 97, 98, 99, 100, 101]  # the percentile itself is 96
 
     def test_wrong_requests_are_named(self) -> None:
         with pytest.raises(RequestError, match=r"percentile: got 101\.0, expected 0 to 100"):
-            masking.gradient_mask(draw(1, 9), 101.0)
+            gradient_masks.gradient_mask(draw(1, 9), 101.0)
         with pytest.raises(RequestError, match="unknown interpolation 'linnear'; did you mean 'linear'"):
-            masking.gradient_mask(draw(1, 9), 95.0, "linnear")
+            gradient_masks.gradient_mask(draw(1, 9), 95.0, "linnear")
 
     def test_the_random_mask_keeps_as_many_elsewhere(self) -> None:
-        chosen = masking.gradient_mask(draw(3, 7, 8, 8), torch.tensor([70.0, 90.0, 95.0]))[0]
+        chosen = gradient_masks.gradient_mask(draw(3, 7, 8, 8), torch.tensor([70.0, 90.0, 95.0]))[0]
         noise = torch.rand(3, 7, 8, 8, generator=torch.Generator().manual_seed(3))
-        found = masking.random_mask(chosen, noise)
+        found = gradient_masks.random_mask(chosen, noise)
         assert torch.equal(found.flatten(1).sum(1), chosen.flatten(1).sum(1))
         for i in range(3):
             assert float(noise[i][found[i]].max()) < float(noise[i][~found[i]].min())
@@ -89,7 +89,7 @@ class TestMask:
         batch = make_batch(cnn, 4)
         weights = cnn.module.head.weight[batch.targets].detach()
         for percentile in (0.0, 70.0, 95.0, 100.0):
-            kept = masking.gradient_mask(batch.gradients(), percentile)[0].flatten(2)
+            kept = gradient_masks.gradient_mask(batch.gradients(), percentile)[0].flatten(2)
             assert torch.equal(kept.any(2), kept.all(2))
             for weight, channels in zip(weights, kept.all(2), strict=True):
                 assert float(weight[channels].min()) > max(0.0, float(weight[~channels].max()))
@@ -100,7 +100,9 @@ class TestMask:
 class TestMaskedFeatures:
     def test_of_a_cnn(self, cnn: Model) -> None:
         batch = make_batch(cnn, 3)
-        masked = masking.masked_features(batch.context, batch.targets, cnn.target_layer, percentiles=80.0)
+        masked = gradient_masks.masked_features(
+            batch.context, batch.targets, cnn.target_layer, percentiles=80.0
+        )
         assert masked.layout == Layout("body", False, 6, (8, 8), (32, 32))
         kept = slow_scan.mask(batch.gradients()[1].double().numpy(), 80.0)
         assert np.array_equal(
@@ -109,8 +111,8 @@ class TestMaskedFeatures:
 
     def test_of_a_transformer_all_tokens_count(self, vit: Model) -> None:
         batch = make_batch(vit, 2)
-        name = masking.analysed_layer(vit)
-        masked = masking.masked_features(batch.context, batch.targets, name, percentiles=90.0)
+        name = gradient_masks.analysed_layer(vit)
+        masked = gradient_masks.masked_features(batch.context, batch.targets, name, percentiles=90.0)
         assert masked.values.shape == (2, 65, 64) and masked.layout.tokens and masked.layout.grid == (8, 8)
         outputs, gradients = batch.context.outputs(name), batch.context.output_gradients(batch.targets, name)
         assert torch.equal(vit.features(outputs, name), batch.activations(name))
@@ -121,16 +123,18 @@ class TestMaskedFeatures:
     def test_one_forward_and_one_backward(self, model: Model, batch: Batch) -> None:
         fresh = batch.select(range(4))
         with model.counting() as meter:
-            masking.masked_features(fresh.context, batch.targets, masking.analysed_layer(model))
+            gradient_masks.masked_features(fresh.context, batch.targets, gradient_masks.analysed_layer(model))
         assert (meter.forwards, meter.backwards) == (4, 4)
         with model.counting() as meter:
-            masking.layout_of(model)
+            gradient_masks.layout_of(model)
         assert (meter.forwards, meter.backwards) == (0, 0)
 
     def test_no_mask_takes_no_gradient(self, cnn: Model) -> None:
         batch = make_batch(cnn, 3).select(range(3))
         with cnn.counting() as meter:
-            masked = masking.masked_features(batch.context, batch.targets, cnn.target_layer, mask="none")
+            masked = gradient_masks.masked_features(
+                batch.context, batch.targets, cnn.target_layer, mask="none"
+            )
         assert meter.backwards == 0
         assert torch.equal(masked.values, batch.activations())
 
@@ -148,9 +152,9 @@ class TestMaskedFeatures:
     def test_wrong_requests_are_named(self, cnn: Model) -> None:
         batch = make_batch(cnn, 1)
         with pytest.raises(RequestError, match="unknown mask 'gradients'; did you mean 'gradient'"):
-            masking.masked_features(batch.context, batch.targets, cnn.target_layer, mask="gradients")
+            gradient_masks.masked_features(batch.context, batch.targets, cnn.target_layer, mask="gradients")
         with pytest.raises(RequestError, match="the random mask takes noise"):
-            masking.masked_features(batch.context, batch.targets, cnn.target_layer, mask="random")
+            gradient_masks.masked_features(batch.context, batch.targets, cnn.target_layer, mask="random")
 
     def test_the_layer_is_the_block_halfway_up(self) -> None:
         import timm
@@ -166,8 +170,8 @@ class TestMaskedFeatures:
         for name, network in networks.items():
             assert middle_block(network) == name
         cnn = make_cnn()
-        assert masking.analysed_layer(cnn) == cnn.target_layer
-        assert masking.analysed_layer(cnn, "stem") == "stem"
+        assert gradient_masks.analysed_layer(cnn) == cnn.target_layer
+        assert gradient_masks.analysed_layer(cnn, "stem") == "stem"
 
 
 class TestStretchingSine:
@@ -425,10 +429,10 @@ class TestDecoders:
     @pytest.mark.parametrize("make", [make_cnn, make_vit])
     def test_in_bf16(self, make: object) -> None:
         model = make()  # type: ignore[operator]
-        layout = masking.layout_of(model)
+        layout = gradient_masks.layout_of(model)
         decoder = seeded_decoder(layout, 0.25, 0, torch.device("cpu")).eval()
         batch = make_batch(model, 3)
-        masked = masking.masked_features(batch.context, batch.targets, layout.layer)
+        masked = gradient_masks.masked_features(batch.context, batch.targets, layout.layer)
         single = decoders.decode_batch(decoder, model, masked)
         model.precision = "bf16"
         half = decoders.decode_batch(decoder, model, masked)
@@ -436,12 +440,12 @@ class TestDecoders:
         assert 0 < float((half - single).abs().max()) < 0.1 * float(single.max() - single.min())
 
     def test_images_of_another_size_are_refused(self, cnn: Model) -> None:
-        layout = masking.layout_of(cnn)
+        layout = gradient_masks.layout_of(cnn)
         decoder = seeded_decoder(layout, 0.25, 0, torch.device("cpu")).eval()
         small = Context(cnn, torch.rand(1, 3, 48, 32, generator=torch.Generator().manual_seed(0)))
-        masked = masking.masked_features(small, torch.zeros(1).long(), layout.layer)
+        masked = gradient_masks.masked_features(small, torch.zeros(1).long(), layout.layer)
         assert decoders.decode_batch(decoder, cnn, masked).shape == (1, 4, 48, 32)
-        early = masking.masked_features(small, torch.zeros(1).long(), "stem")
+        early = gradient_masks.masked_features(small, torch.zeros(1).long(), "stem")
         with pytest.raises(RequestError, match="the decoder enlarges features 4 times"):
             decoders.decode_batch(decoder, cnn, early)
 
