@@ -53,10 +53,14 @@ class Context:
 
     def activations(self, layer: str | None = None) -> Tensor:
         """Features (B, C, h, w) of a layer, the target layer by default, without a graph."""
+        return self.model.features(self.output(layer), layer, self._size)
+
+    def output(self, layer: str | None = None) -> Tensor:
+        """What a layer returns, prefix tokens and all, in the network's own order, without a graph."""
         name = layer or self.model.target_layer
         if name not in self._activations:
             self._capture(name)
-        return self.model.features(self._activations[name], layer, self._size)
+        return self._activations[name]
 
     def gradients(self, targets: Tensor, layer: str | None = None) -> Tensor:
         """Gradients (B, C, h, w) of the target logits with respect to a layer's features."""
