@@ -211,7 +211,9 @@ def _examine(model: Model, name: str, size: tuple[int, int]) -> Cut:
         if not _close(own, seen.logits, ROUNDING * scale):
             raise RequestError(f"exchanging the output of layer '{name}' does not reach the logits")
         strange = torch.randn(4, *units.shape[1:], generator=torch.Generator().manual_seed(1))
-        strange = units.mean() + units.std() * strange.to(units)
+        # As large as features are and far beyond, so that a tail that bends anywhere near shows it.
+        reach = torch.tensor([1.0, 1.0, 8.0, 8.0]).view(4, 1, 1)
+        strange = units.mean() + units.std() * (reach * strange).to(units)
         leaked = tail.raw(strange[:1].expand(2, -1, -1), images)
         if not _close(leaked[:1], leaked[1:], LEAK * float(leaked.abs().max())):
             raise RequestError(

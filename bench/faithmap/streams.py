@@ -340,7 +340,7 @@ def mean_field(
             score = log_odds(tail.logits(centre), here.targets)
             change[i, context, which, shut] = F.softplus(-score) - gamma * told(score, prior[i])
     gain = (change[..., 1] - change[..., 0]).mean(1).clamp_min(0)
-    share = _solved(gain, *_gate_moments(features, gates), beta)
+    share = solved(gain, *_gate_moments(features, gates), beta)
     return replace(gates, alpha=torch.logit(share).to(flat).view_as(gates.alpha))
 
 
@@ -354,20 +354,26 @@ def _gate_moments(features: Features, gates: Gates) -> tuple[Tensor, Tensor]:
     return share, (sums / count.clamp_min(1)).flatten(1)
 
 
-def _solved(gain: Tensor, share: Tensor, squares: Tensor, beta: float, steps: int = 40) -> Tensor:
+def solved(gain: Tensor, share: Tensor, squares: Tensor, beta: float) -> Tensor:
     """lambda at which the information's derivative, times beta and the gate's share, is the gain; float64.
 
-    The left side grows from 0 at lambda = 0 without bound: halving [0, 1] finds the one solution. A gate
-    without gain, or without features, is shut.
+    With d = 1 - lambda and w = gain / (beta share), 1 / d - d + (1 - d) squares = w is the quadratic
+    equation (1 + squares) d^2 + (w - squares) d - 1 = 0, of which one root is positive. A gate without
+    gain, or without features, is shut.
+
+    Args:
+        gain: what a gate is worth in loss.
+        share: of all features, those that hang on it.
+        squares: their mean r^2.
+        beta: the weight of the information.
     """
     gain, share, squares = gain.double(), share.double(), squares.double()
     wanted = torch.where(share > 0, gain / (beta * share.clamp_min(1e-300)), torch.zeros_like(gain))
-    low, high = torch.zeros_like(wanted), torch.ones_like(wanted)
-    for _ in range(steps):
-        middle = (low + high) / 2
-        more = 1 / (1 - middle) - (1 - middle) + middle * squares < wanted
-        low, high = torch.where(more, middle, low), torch.where(more, high, middle)
-    return torch.where(wanted > 0, low, torch.zeros_like(low))
+    slope = wanted - squares
+    root = (slope.square() + 4 * (1 + squares)).sqrt()
+    # Two ways to write the root; each loses its digits where the other keeps them.
+    damped = torch.where(slope > 0, 2 / (root + slope.clamp_min(0)), (root - slope) / (2 * (1 + squares)))
+    return torch.where(wanted > 0, 1 - damped, torch.zeros_like(damped)).clamp_min(0)
 
 
 def _normal(generators: Sequence[torch.Generator], shape: tuple[int, ...], like: Tensor) -> Tensor:
