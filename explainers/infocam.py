@@ -77,7 +77,7 @@ def infocam(
     map: str = "auto",
     weight: str = "info",
     halves: bool | None = None,
-    beta: float = 5.0,
+    beta: float | None = None,
     gamma: float = 1.0,
     iterations: int | None = None,
     learning_rate: float | None = None,
@@ -89,7 +89,95 @@ def infocam(
     min_active: float = 0.01,
     min_nats: float = 0.01,
 ) -> Maps:
-    """Channels weighted by the information about the class that a dual-stream bottleneck lets pass."""
+    """Channels weighted by the information about the class that a dual-stream bottleneck lets pass.
+
+    InfoCAM (reconstruction): only the paper's abstract is public. It fixes a dual-stream information
+    bottleneck, a variational split of a layer's activations into a discriminative and a noise stream,
+    and weights from the mutual information of the discriminative stream and the prediction. All else
+    here is a reconstruction from the literature on bottlenecks, and its figures are not the paper's.
+    It is another method than the infoCAM of Qin et al. 2021 (arXiv:2106.10472).
+
+    A gate lambda_k = sigmoid(a_k) divides the features A_k of a channel, beside noise
+    eps ~ N(mu_k, sigma_k^2), into z_d = lambda A + (1 - lambda) eps and z_n = (1 - lambda) A + lambda eps'.
+    Y says whether the class is the one explained, with log-odds logit_c - logsumexp of the others. Adam
+    minimises for each image
+
+        E[-log p(Y | z_d)]  +  beta * mean over features of KL(z_d given A || noise)
+                            +  gamma * E[KL(pi || p(Y | z_n)), where that speaks for the class]
+
+    with draws in pairs of opposite sign; pi is what passes of noise alone believe. The last term makes
+    evidence that is there twice pass twice. Without it, gamma = 0, elements with beta 10 are IBA
+    without smoothing and with log-odds of one class. I_k, the KL averaged over a channel's cells, is
+    its information in nats.
+
+    Modes. "channel": w_k = I_k where the channel's mean is above mu_k, else 0, divided by the sum;
+    the map is ReLU(sum_k w_k A_k) ("A") or sum_k w_k (A_k - mu_k)^+ ("A_plus"). The condition leaves out
+    channels whose absence tells the class: their maps do not show it. With `halves` a channel has a gate
+    above mu_k and one below, and the map is the sum of both excesses, each with its weight: for features
+    with a sign. "element": a gate for each feature; the map is sum_k KL in every cell ("density"), or
+    only where A > mu ("density_plus"), or channels weighted by their mean KL where A > mu ("A",
+    "A_plus"). "mean-field": gates of channels without any gradient. Each is weighed by the loss with the
+    channel shut less that with it open, in random halves of the others, and solves
+    dKL / dlambda * beta / K = max(that, 0). "auto" is "channel" at the last maps of a CNN and "element"
+    at layers before and for transformers, where channels hardly tell places apart.
+
+    Weights come from gates alone: no gradient of a score with respect to features is one, or enters
+    one. Gates are found through the frozen tail of the network, as an average over noise, or in the
+    mean-field mode by forward passes alone.
+
+    The layer has to be a cut: every path to the logits passes it. Otherwise evidence goes round the
+    gates and no noise stream can lose it. That is tried once for each model and layer, with equal
+    features for two images, in a few passes that are not counted. The default is the model's target
+    layer where it is one and, for transformers, the output of the last block but one: patches of the
+    last reach a class token's head no more. All tokens are gated, the class token with noise of its own;
+    only patches are in the map.
+
+    Returns (B, h, w) on the features' grid, not negative, in the unit of the features ("density": nats
+    per cell). The stretch to [0, 1] that ends the published map is left to whoever shows it. A map is
+    zero where all that passes is less than `min_nats` per cell: nothing speaks for the class, or beta is
+    too large.
+
+    Cost. A pass of the tail counts as one of the whole network, although what lies before the layer
+    is not computed again where modules can be left out. Where the tail is mean pooling and one linear
+    layer (most residual networks at their last stage), which is tried too, noise is drawn for the pooled
+    vector; this is exact, and the network is passed once.
+
+    mu and sigma are meant to come from a thousand images or more, over which and over cells they are
+    taken for each channel: `faithmap.bottleneck.fit_statistics(model, images, layer).save(path)`. By
+    default no data is needed: noise lies around zero with the channel's root mean square over the image.
+    "image" takes the channel's mean over the image; a head that averages the layer then loses nothing,
+    and maps are blank.
+
+    Chosen on the dev part of `shapes`: "A_plus" for channels, beta 20 for elements. Reconstructed, not
+    published: everything with a number.
+
+    Args:
+        model: the model, of two classes or more.
+        batch: images with targets.
+        mode: "channel", "element", "mean-field" or "auto".
+        statistics: "zero", "image", or the path of a file made for this model and layer.
+        layer: dotted name of a layer that is a cut; see above.
+        map: "A", "A_plus", "density", "density_plus", or "auto": "A_plus" for channels, else a density,
+            "density_plus" where features have no sign.
+        weight: "info" weighs with nats, "gate" with lambda.
+        halves: two gates a channel, in the modes of channels; None for: where features are signed.
+        beta: weight of the mean information, in nats; above zero. None for 5, or 20 for elements.
+        gamma: weight of the noise stream.
+        iterations: steps of Adam; None for 50, or 30 for elements.
+        learning_rate: Adam's; None for 0.5, or 1 for elements.
+        samples: draws of each stream and step, an even number.
+        prior_samples: passes of noise alone, from which pi is taken.
+        contexts: random halves in the mean-field mode.
+        start: a_k before the first step; 0 gives each stream half.
+        min_std: floor under sigma, in the unit of the features.
+        min_active: channels that are not zero at less than this share of images and cells stay shut;
+            without a file, those that are zero all over the image.
+        min_nats: least information per cell, summed over channels, for a map that is not zero.
+
+    Raises:
+        RequestError: the layer is no cut (others are named), a word is unknown, a number makes no sense,
+            or statistics do not fit.
+    """
     import torch
 
     from faithmap.cuts import PooledTail, cut_at, tail_of
@@ -143,7 +231,7 @@ class _Settings:
 
 
 _DEFAULTS: dict[str, Any] = {
-    "mode": "auto", "map": "auto", "weight": "info", "halves": None, "beta": 5.0, "gamma": 1.0,
+    "mode": "auto", "map": "auto", "weight": "info", "halves": None, "beta": None, "gamma": 1.0,
     "iterations": None, "learning_rate": None, "samples": 10, "prior_samples": 64, "contexts": 4,
     "start": 0.0, "min_nats": 0.01,
 }  # fmt: skip
@@ -161,16 +249,13 @@ def _settle(model: Model, cut: Cut, given: Mapping[str, Any]) -> _Settings:
     kind = "element" if mode == "element" else "half" if halves else "channel"
     picture = given["map"]
     if picture == "auto":
-        picture = (
-            "A" if kind != "element" else "density" if cut.layout.prefix or cut.signed else "density_plus"
-        )
-    steps, rate = given["iterations"], given["learning_rate"]
-    if steps is None:
-        steps = 30 if kind == "element" else 50
-    if rate is None:
-        rate = 1.0 if kind == "element" else 0.5
+        dense = "density" if cut.signed else "density_plus"
+        picture = dense if kind == "element" else "A_plus"
+    usual = (20.0, 30, 1.0) if kind == "element" else (5.0, 50, 0.5)
+    asked = (given["beta"], given["iterations"], given["learning_rate"])
+    beta, steps, rate = (one if other is None else other for one, other in zip(usual, asked, strict=True))
     return _Settings(
-        mode, kind, picture, given["weight"], given["beta"], given["gamma"], steps, rate,
+        mode, kind, picture, given["weight"], beta, given["gamma"], steps, rate,
         given["samples"], given["prior_samples"], given["contexts"], given["start"], given["min_nats"],
     )  # fmt: skip
 

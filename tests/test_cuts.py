@@ -295,13 +295,13 @@ class TestPooled:
         pooled, whole = PooledTail(model, cut), NetworkTail(model, cut)
         centre, std = pooled.summarise(units, spread)
         assert torch.allclose(pooled.logits(centre), whole.logits(units), atol=1e-5)
-        noise = torch.randn(4000, *units.shape[1:], generator=torch.Generator().manual_seed(1))
+        noise = torch.randn(2000, *units.shape[1:], generator=torch.Generator().manual_seed(1))
         drawn = whole.logits(units + spread * noise)
-        weight = model.module.fc.weight
+        weight = model.module.fc.weight.detach()
         exact = (weight.square() * std.square()).sum(1).sqrt()
         assert torch.allclose(drawn.std(0), exact, rtol=0.05)
         assert torch.allclose(
-            drawn.mean(0), pooled.logits(centre)[0], atol=4 * float(exact.max()) / 4000**0.5
+            drawn.mean(0), pooled.logits(centre)[0], atol=4 * float(exact.max()) / 2000**0.5
         )
 
     def test_no_spread_gives_no_nan(self) -> None:
