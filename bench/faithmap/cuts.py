@@ -55,10 +55,11 @@ class Layout:
 
     def output(self, units: Tensor) -> Tensor:
         """A layer's output from (B, K, N)."""
+        count, channels, _ = units.shape
         if self.order == "first":
-            return units.unflatten(2, self.grid)
+            return units.reshape(count, channels, *self.grid)
         tokens = units.transpose(1, 2)
-        return tokens if self.order == "tokens" else tokens.unflatten(1, self.grid)
+        return tokens if self.order == "tokens" else tokens.reshape(count, *self.grid, channels)
 
 
 def find_layout(model: Model, output: Tensor, name: str, size: tuple[int, int]) -> Layout:
