@@ -241,9 +241,14 @@ class TestReference:
 
     @pytest.mark.parametrize("weight", ["info", "gate"])
     @pytest.mark.parametrize("kind", ["channel", "half"])
-    def test_maps_from_gates(self, kind: str, weight: str) -> None:
+    def test_maps_from_gates(self, kind: str, weight: str, tmp_path: Path) -> None:
         model, batch = sensor()
-        params = {"mode": "channel", "halves": kind == "half", "beta": 0.1, "weight": weight, **QUICK}
+        images = 0.7 * torch.rand(12, 3, 8, 8, generator=torch.Generator().manual_seed(3)) + 0.16
+        file = str(bottleneck.fit_statistics(model, [images]).save(tmp_path / "s.safetensors"))
+        params = {
+            "mode": "channel", "halves": kind == "half", "beta": 0.1, "weight": weight, "statistics": file,
+            **QUICK,
+        }  # fmt: skip
         full = registry.get("explainer", "infocam").check(params)
         seeded = batch.with_seed_key(canonical_json(["infocam", full]))
         for picture in ("A", "A_plus"):
@@ -253,6 +258,7 @@ class TestReference:
             features, gates = fitted(model, seeded, **params)
             for i in range(2):
                 values, mean = features.values[i].double().numpy(), features.mean[i].double().numpy()
+                assert 0 < sum(values.mean(1) > mean.mean(1)) < 3  # one channel at least is absent
                 carried = (
                     (gates.nats(features) if weight == "info" else gates.passed(features))[i].double().numpy()
                 )
