@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
+from conftest import inside
 from torch import nn
 
+from faithmap import registry, streams
 from faithmap.batch import Batch
 from faithmap.context import Context
+from faithmap.cuts import cut_at, tail_of
 from faithmap.models import Model
+from faithmap.streams import Gates
 
 #: 3 x 5 x 5 channels of 8 x 8 cells are the pixels of an image of 40 x 40.
 FACTOR, GRID = 5, 8
@@ -72,3 +78,17 @@ def planted_batch(model: Model, count: int, seed: int = 0, present: tuple[int, .
     enlarged = masks.repeat_interleave(FACTOR, 1).repeat_interleave(FACTOR, 2)
     ids = tuple(f"image-{i}" for i in range(count))
     return Batch(images, targets, ids, Context(model, images), labels=targets, masks=enlarged)
+
+
+def fitted(model: Model, batch: Batch, **given: Any) -> tuple[streams.Features, Gates]:
+    """Features and gates as the explainer finds them."""
+    params = {**registry.get("explainer", "infocam").parameters, **given}
+    cut = cut_at(model, params["layer"])
+    chosen = inside("infocam")._settle(model, cut, params)
+    features = streams.with_noise(
+        model, cut, batch.context.output(cut.layer), batch.targets, params["statistics"],
+        min_std=params["min_std"], min_active=params["min_active"],
+    )  # fmt: skip
+    generators = [batch.generator(i) for i in range(len(batch))]
+    gates = inside("infocam")._fitted(tail_of(model, cut), features, generators, chosen, 4000)
+    return features, gates
