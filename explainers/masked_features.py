@@ -20,10 +20,10 @@ def masked_features(
 ) -> Maps:
     """Mean over the channels of the features that SCAN masks by the gradient: what its decoder adds to.
 
-    F M with M = 1 where the positive gradient reaches its percentile (`faithmap.gradient_masks`). Shape (B, h, w)
-    of the features' grid; signed where the features are; unit: that of the features. Of a transformer all
-    tokens take part in the percentile and the patches alone in the map. An image without any
-    positive gradient is not masked, which is noted.
+    F M with M = 1 where the positive gradient reaches its percentile (`faithmap.gradient_masks`). Shape
+    (B, h, w) of the features' grid; signed where the features are; unit: that of the features. Of a
+    transformer all tokens take part in the percentile and the patches alone in the map. An image without
+    any positive gradient is not masked, which is noted.
 
     Args:
         model: the model.

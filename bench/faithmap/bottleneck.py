@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from faithmap.context import Context
+from faithmap.cuts import feature_places, find_layout
 from faithmap.errors import RequestError, nearest
 from faithmap.models import Model
 from faithmap.records import canonical_json
@@ -41,6 +42,11 @@ class Statistics:
     layer: str
     #: `Model.digest()` of the network: another network's features are not distributed like these.
     model: str
+    #: (C,) share of images and cells at which a channel is not zero; None in files of older versions.
+    active: Tensor | None = None
+    #: (2, C, n) mean and standard deviation of a transformer's n prefix tokens, the class token among
+    #: them; None where there are none.
+    prefix: Tensor | None = None
 
     def save(self, path: str | Path) -> Path:
         """Write a safetensors file that `load_statistics` reads; return its path."""
@@ -48,7 +54,8 @@ class Statistics:
 
         # One entry: safetensors writes several in an order that differs from call to call.
         about = canonical_json({"layer": self.layer, "model": self.model, "count": self.count})
-        tensors = {"mean": self.mean.contiguous(), "std": self.std.contiguous()}
+        held = {"mean": self.mean, "std": self.std, "active": self.active, "prefix": self.prefix}
+        tensors = {name: value.contiguous() for name, value in held.items() if value is not None}
         save_file(tensors, path, metadata={"statistics": about})
         Path(path).chmod(0o644)  # safetensors leaves files that only their owner may read
         return Path(path)
@@ -107,10 +114,16 @@ def fit_statistics(model: Model, images: Iterable[Tensor], layer: str | None = N
     Raises:
         RequestError: there are fewer than two images, or their sizes differ.
     """
-    estimate = Welford()
+    estimate, prefix, active = Welford(), Welford(), Welford()
     for batch in images:
         context = Context(model, batch.to(model.device))
-        estimate.update(context.activations(layer))
+        features, output = context.activations(layer), context.outputs(layer)
+        estimate.update(features)
+        active.update((features != 0).double().mean((2, 3)))
+        if output.ndim == 3 and output[0].numel() > features[0].numel():
+            size = (int(batch.shape[2]), int(batch.shape[3]))
+            layout = find_layout(model, output, layer or model.target_layer, size)
+            prefix.update(layout.units(output)[:, :, list(layout.prefix)])
         context.release()
     if estimate.count < 2:
         raise RequestError(
@@ -118,7 +131,11 @@ def fit_statistics(model: Model, images: Iterable[Tensor], layer: str | None = N
             "and a useful one a thousand"
         )
     name = layer or model.target_layer
-    return Statistics(estimate.mean.float(), estimate.std.float(), estimate.count, name, model.digest())
+    tokens = torch.stack([prefix.mean, prefix.std]).float() if prefix.count else None
+    return Statistics(
+        estimate.mean.float(), estimate.std.float(), estimate.count, name, model.digest(),
+        active.mean.float(), tokens,
+    )  # fmt: skip
 
 
 def load_statistics(path: str | Path, model: Model, layer: str | None = None) -> Statistics:
@@ -140,7 +157,8 @@ def load_statistics(path: str | Path, model: Model, layer: str | None = None) ->
         with safe_open(file, framework="pt") as held:
             about = json.loads((held.metadata() or {})["statistics"])
             mean, std = held.get_tensor("mean").float(), held.get_tensor("std").float()
-            found = Statistics(mean, std, int(about["count"]), about["layer"], about["model"])
+            extra = {key: held.get_tensor(key).float() for key in {"active", "prefix"} & set(held.keys())}
+            found = Statistics(mean, std, int(about["count"]), about["layer"], about["model"], **extra)
     except (SafetensorError, KeyError, ValueError) as error:
         raise RequestError(
             f"{path} holds no statistics ({error}); write it with faithmap.bottleneck.fit_statistics"
@@ -271,19 +289,8 @@ def logits_with(model: Model, images: Tensor, features: Tensor, layer: str | Non
 
 
 def _put_back(model: Model, output: Tensor, features: Tensor, name: str, size: tuple[int, int]) -> Tensor:
-    """A layer's output with the values that `Model.features` reads from it replaced.
-
-    Where each feature lies in the output is found by sending the positions themselves the same way.
-    """
-    places = torch.arange(output[0].numel(), device=output.device).view(1, *output.shape[1:])
-    index = model.features(places, name, size).flatten(1)
-    current = model.features(output, name, size)
-    inside = index.dtype == torch.int64 and 0 <= int(index.min()) and int(index.max()) < output[0].numel()
+    """A layer's output with the values that `Model.features` reads from it replaced."""
+    index = feature_places(model, output, name, size).flatten()
     flat = output.flatten(1)
-    if not inside or not torch.equal(flat[:, index[0]], current.flatten(1)):
-        raise RequestError(
-            f"the features of layer '{name}' are computed from its output, not picked from it; "
-            "name a layer, or give a reshape=, that only moves values"
-        )
     onward: Tensor = flat.scatter(1, index.expand(len(output), -1), features.flatten(1)).view(output.shape)
     return onward

@@ -1,0 +1,335 @@
+"""InfoCAM (reconstruction): channels weighted by the information that tells the class (2026)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from faithmap import explainer
+
+if TYPE_CHECKING:
+    from torch import Generator, Tensor
+
+    from faithmap.batch import Batch, Maps
+    from faithmap.cuts import Cut, Tail
+    from faithmap.models import Model
+    from faithmap.streams import Features, Gates
+
+MODES = ("auto", "channel", "element", "mean-field")
+MAPS = ("auto", "A", "A_plus", "density", "density_plus")
+WEIGHTS = ("info", "gate")
+
+
+def _undefined(model: Model) -> str | None:
+    """Why there is no layer at which the network can be cut."""
+    from faithmap.cuts import cut_at
+    from faithmap.errors import RequestError
+
+    try:
+        cut_at(model)
+    except RequestError as error:
+        return str(error)
+    if model.num_classes < 2:
+        return "has one output only: there are no odds of one class against the others"
+    return None
+
+
+def _setting(model: Model, params: Mapping[str, Any]) -> tuple[Cut, _Settings]:
+    from faithmap.cuts import cut_at
+
+    cut = cut_at(model, params.get("layer"))
+    return cut, _settle(model, cut, {**_DEFAULTS, **params})
+
+
+def _forwards(model: Model, params: Mapping[str, Any]) -> float:
+    """The clean image, and every pass of the tail as if it were one of the whole network."""
+    cut, chosen = _setting(model, params)
+    if cut.head is not None:
+        return 1  # a matrix product stands for the tail
+    prior = chosen.prior_samples if chosen.gamma else 0
+    if chosen.mode == "mean-field":
+        gates = cut.layout.channels * (2 if chosen.kind == "half" else 1)
+        return 1 + prior + 2 * chosen.contexts * gates
+    return 1 + prior + _backwards(model, params)
+
+
+def _backwards(model: Model, params: Mapping[str, Any]) -> float:
+    """At most: a copy of the noise stream that tells nothing has no gradient."""
+    cut, chosen = _setting(model, params)
+    if cut.head is not None or chosen.mode == "mean-field":
+        return 0
+    return chosen.iterations * chosen.samples * (2 if chosen.gamma else 1)
+
+
+@explainer(
+    version=1, source="InfoCAM 2026, reconstruction: of the paper only the abstract is public",
+    defined_for=_undefined, forwards=_forwards, backwards=_backwards, exact_cost=False, iterative=True,
+    check_params={"iterations": 6, "samples": 4, "prior_samples": 4},
+)  # fmt: skip
+def infocam(
+    model: Model,
+    batch: Batch,
+    *,
+    mode: str = "auto",
+    statistics: str = "zero",
+    layer: str | None = None,
+    map: str = "auto",
+    weight: str = "info",
+    halves: bool | None = None,
+    beta: float | None = None,
+    gamma: float = 1.0,
+    iterations: int | None = None,
+    learning_rate: float | None = None,
+    samples: int = 10,
+    prior_samples: int = 64,
+    contexts: int = 4,
+    start: float = 0.0,
+    min_std: float = 0.01,
+    min_active: float = 0.01,
+    min_nats: float = 0.01,
+) -> Maps:
+    """Channels weighted by the information about the class that a dual-stream bottleneck lets pass.
+
+    InfoCAM (reconstruction): only the paper's abstract is public. It fixes a dual-stream information
+    bottleneck, a variational split of a layer's activations into a discriminative and a noise stream,
+    and weights from the mutual information of the discriminative stream and the prediction. All else
+    here is a reconstruction from the literature on bottlenecks, and its figures are not the paper's.
+    It is another method than the infoCAM of Qin et al. 2021 (arXiv:2106.10472).
+
+    A gate lambda_k = sigmoid(a_k) divides the features A_k of a channel, beside noise
+    eps ~ N(mu_k, sigma_k^2), into z_d = lambda A + (1 - lambda) eps and z_n = (1 - lambda) A + lambda eps'.
+    Y says whether the class is the one explained, with log-odds logit_c - logsumexp of the others. Adam
+    minimises for each image
+
+        E[-log p(Y | z_d)]  +  beta * mean over features of KL(z_d given A || noise)
+                            +  gamma * E[KL(pi || p(Y | z_n)), where that speaks for the class]
+
+    with draws in pairs of opposite sign; pi is what passes of noise alone believe. The last term makes
+    evidence that is there twice pass twice. Without it, gamma = 0, elements with beta 10 are IBA
+    without smoothing and with log-odds of one class. I_k, the KL averaged over a channel's cells, is
+    its information in nats.
+
+    Modes. "channel": w_k = I_k where the channel's mean is above mu_k, else 0, divided by the sum;
+    the map is ReLU(sum_k w_k A_k) ("A") or sum_k w_k (A_k - mu_k)^+ ("A_plus"). The condition leaves out
+    channels whose absence tells the class: their maps do not show it. With `halves` a channel has a gate
+    above mu_k and one below, and the map is the sum of both excesses, each with its weight: for features
+    with a sign. "element": a gate for each feature; the map is sum_k KL in every cell ("density"), or
+    only where A > mu ("density_plus"), or channels weighted by their mean KL where A > mu ("A",
+    "A_plus"). "mean-field": gates of channels without any gradient. Each is weighed by the loss with the
+    channel shut less that with it open, in random halves of the others, and solves
+    dKL / dlambda * beta / K = max(that, 0). "auto" is "channel" at the last maps of a CNN and "element"
+    at layers before and for transformers, where channels hardly tell places apart.
+
+    Weights come from gates alone: no gradient of a score with respect to features is one, or enters
+    one. Gates are found through the frozen tail of the network, as an average over noise, or in the
+    mean-field mode by forward passes alone.
+
+    The layer has to be a cut: every path to the logits passes it. Otherwise evidence goes round the
+    gates and no noise stream can lose it. That is tried once for each model and layer, with equal
+    features for two images, in a few passes that are not counted. The default is the model's target
+    layer where it is one and, for transformers, the output of the last block but one: patches of the
+    last reach a class token's head no more. All tokens are gated, the class token with noise of its own;
+    only patches are in the map.
+
+    Returns (B, h, w) on the features' grid, not negative, in the unit of the features ("density": nats
+    per cell). The stretch to [0, 1] that ends the published map is left to whoever shows it. A map is
+    zero where all that passes is less than `min_nats` per cell: nothing speaks for the class, or beta is
+    too large.
+
+    Cost. A pass of the tail counts as one of the whole network, although what lies before the layer
+    is not computed again where modules can be left out. Where the tail is mean pooling and one linear
+    layer (most residual networks at their last stage), which is tried too, noise is drawn for the pooled
+    vector; this is exact, and the network is passed once.
+
+    mu and sigma are meant to come from a thousand images or more, over which and over cells they are
+    taken for each channel: `faithmap.bottleneck.fit_statistics(model, images, layer).save(path)`. By
+    default no data is needed: noise lies around zero with the channel's root mean square over the image.
+    "image" takes the channel's mean over the image; a head that averages the layer then loses nothing,
+    and maps are blank.
+
+    Chosen on the dev part of `shapes`: "A_plus" for channels, beta 20 for elements. Reconstructed, not
+    published: everything with a number.
+
+    Args:
+        model: the model, of two classes or more.
+        batch: images with targets.
+        mode: "channel", "element", "mean-field" or "auto".
+        statistics: "zero", "image", or the path of a file made for this model and layer.
+        layer: dotted name of a layer that is a cut; see above.
+        map: "A", "A_plus", "density", "density_plus", or "auto": "A_plus" for channels, else a density,
+            "density_plus" where features have no sign.
+        weight: "info" weighs with nats, "gate" with lambda.
+        halves: two gates a channel, in the modes of channels; None for: where features are signed.
+        beta: weight of the mean information, in nats; above zero. None for 5, or 20 for elements.
+        gamma: weight of the noise stream.
+        iterations: steps of Adam; None for 50, or 30 for elements.
+        learning_rate: Adam's; None for 0.5, or 1 for elements.
+        samples: draws of each stream and step, an even number.
+        prior_samples: passes of noise alone, from which pi is taken.
+        contexts: random halves in the mean-field mode.
+        start: a_k before the first step; 0 gives each stream half.
+        min_std: floor under sigma, in the unit of the features.
+        min_active: channels that are not zero at less than this share of images and cells stay shut;
+            without a file, those that are zero all over the image.
+        min_nats: least information per cell, summed over channels, for a map that is not zero.
+
+    Raises:
+        RequestError: the layer is no cut (others are named), a word is unknown, a number makes no sense,
+            or statistics do not fit.
+    """
+    import torch
+
+    from faithmap.cuts import PooledTail, cut_at, tail_of
+    from faithmap.perturb import chunk_size
+    from faithmap.streams import with_noise
+
+    given = {
+        "mode": mode, "map": map, "weight": weight, "halves": halves, "beta": beta, "gamma": gamma,
+        "iterations": iterations, "learning_rate": learning_rate, "samples": samples,
+        "prior_samples": prior_samples, "contexts": contexts, "start": start, "min_nats": min_nats,
+    }  # fmt: skip
+    _check(given, min_std=min_std, min_active=min_active)
+    cut = cut_at(model, layer, batch.size)
+    chosen = _settle(model, cut, given)
+    features = with_noise(
+        model, cut, batch.context.outputs(cut.layer), batch.targets, statistics,
+        min_std=min_std, min_active=min_active,
+    )  # fmt: skip
+    tail = tail_of(model, cut)
+    # A pass with a graph holds about four times what a pass without one does.
+    chunk = max(1, chunk_size(model, batch.size) // 4)
+    if isinstance(tail, PooledTail):
+        chunk = max(64, 2**23 // features.values[0].numel())
+    maps = []
+    for part in torch.arange(len(batch), device=features.values.device).split(
+        max(1, chunk // (2 * chosen.samples))
+    ):
+        here = features.select(part)
+        gates = _fitted(tail, here, [batch.generator(i) for i in part.tolist()], chosen, chunk)
+        maps.append(_map(cut, here, gates, chosen))
+    return torch.cat(maps)
+
+
+@dataclass(frozen=True)
+class _Settings:
+    """What is left open by "auto" and None, settled for a model and a layer."""
+
+    mode: str
+    kind: str
+    map: str
+    weight: str
+    beta: float
+    gamma: float
+    iterations: int
+    learning_rate: float
+    samples: int
+    prior_samples: int
+    contexts: int
+    start: float
+    min_nats: float
+
+
+_DEFAULTS: dict[str, Any] = {
+    "mode": "auto", "map": "auto", "weight": "info", "halves": None, "beta": None, "gamma": 1.0,
+    "iterations": None, "learning_rate": None, "samples": 10, "prior_samples": 64, "contexts": 4,
+    "start": 0.0, "min_nats": 0.01,
+}  # fmt: skip
+
+
+def _settle(model: Model, cut: Cut, given: Mapping[str, Any]) -> _Settings:
+    """The mode and the rest of the settings: channels at the last maps of a CNN, elements elsewhere."""
+    from faithmap.cuts import cut_at
+
+    mode = given["mode"]
+    if mode == "auto":
+        last = cut.layout.order == "first" and cut.layer == cut_at(model).layer
+        mode = "channel" if last else "element"
+    halves = cut.signed if given["halves"] is None else given["halves"]
+    kind = "element" if mode == "element" else "half" if halves else "channel"
+    picture = given["map"]
+    if picture == "auto":
+        dense = "density" if cut.signed else "density_plus"
+        picture = dense if kind == "element" else "A_plus"
+    usual = (20.0, 30, 1.0) if kind == "element" else (5.0, 50, 0.5)
+    asked = (given["beta"], given["iterations"], given["learning_rate"])
+    beta, steps, rate = (one if other is None else other for one, other in zip(usual, asked, strict=True))
+    return _Settings(
+        mode, kind, picture, given["weight"], beta, given["gamma"], steps, rate,
+        given["samples"], given["prior_samples"], given["contexts"], given["start"], given["min_nats"],
+    )  # fmt: skip
+
+
+def _check(given: Mapping[str, Any], **more: float) -> None:
+    """Refuse words that are unknown and numbers that make no sense."""
+    from faithmap.errors import RequestError, nearest
+
+    for what, known in (("mode", MODES), ("map", MAPS), ("weight", WEIGHTS)):
+        if given[what] not in known:
+            raise RequestError(f"infocam: unknown {what} '{given[what]}'; {nearest(given[what], known)}")
+    numbers = {**given, **more}
+    positive = ("beta", "iterations", "learning_rate", "samples", "prior_samples", "contexts", "min_std")
+    wrong = [name for name in positive if numbers[name] is not None and numbers[name] <= 0]
+    wrong += [name for name in ("gamma", "min_active", "min_nats") if numbers[name] < 0]
+    wrong += ["samples"] if given["samples"] % 2 else []
+    if wrong:
+        raise RequestError(
+            f"infocam: got {wrong[0]} {numbers[wrong[0]]}; expected {', '.join(positive)} above zero "
+            "(without a beta, features of no effect would keep their gates), samples even (they come in "
+            "pairs), and gamma, min_active and min_nats not negative"
+        )
+
+
+def _fitted(
+    tail: Tail, features: Features, generators: list[Generator], chosen: _Settings, chunk: int
+) -> Gates:
+    """The gates of some images, found by steps of Adam or, without gradients, in random contexts."""
+    from faithmap.streams import Gates, mean_field, optimised, prior_odds
+
+    gates = Gates.start(chosen.kind, features, chosen.start)
+    prior = features.values.new_zeros(len(features.targets))
+    if chosen.gamma:
+        prior = prior_odds(tail, features, generators, chosen.prior_samples, chunk)
+    if chosen.mode == "mean-field":
+        return mean_field(
+            tail, features, gates, generators,
+            beta=chosen.beta, gamma=chosen.gamma, contexts=chosen.contexts, prior=prior, chunk=chunk,
+        )  # fmt: skip
+    return optimised(
+        tail, features, gates, generators,
+        beta=chosen.beta, gamma=chosen.gamma, iterations=chosen.iterations, samples=chosen.samples,
+        learning_rate=chosen.learning_rate, prior=prior, chunk=chunk,
+    )  # fmt: skip
+
+
+def _map(cut: Cut, features: Features, gates: Gates, chosen: _Settings) -> Tensor:
+    """Maps (n, h, w) of what the discriminative stream carries, at the places that lie on the image."""
+    import torch
+
+    patches = list(cut.layout.patches)
+    nats = gates.nats(features)[:, :, patches]
+    carried = nats if chosen.weight == "info" else gates.passed(features)[:, :, patches]
+    values, above = features.values[:, :, patches], features.above[:, :, patches]
+    excess = values - features.mean[:, :, patches]
+    if chosen.map.startswith("density"):
+        maps = (carried * above if chosen.map == "density_plus" else carried).sum(1)
+    elif chosen.kind == "half":
+        # A weight for where a channel exceeds the noise's mean, and one for where it falls short of it.
+        upper, lower = (carried * above).mean(2), (carried * ~above).mean(2)
+        upper, lower = _shares(torch.stack([upper, lower], 1)).unsqueeze(3).unbind(1)
+        maps = (upper * excess.clamp_min(0) + lower * (-excess).clamp_min(0)).sum(1)
+    else:
+        if chosen.kind == "element":
+            weights = (carried * above).mean(2)
+        else:
+            weights = carried.mean(2) * (excess.mean(2) > 0)
+        shown = excess.clamp_min(0) if chosen.map == "A_plus" else values
+        maps = (_shares(weights).unsqueeze(2) * shown).sum(1).clamp_min(0)
+    empty = nats.mean(2).sum(1) < chosen.min_nats
+    return maps.masked_fill(empty.unsqueeze(1), 0.0).unflatten(1, cut.layout.grid)
+
+
+def _shares(weights: Tensor) -> Tensor:
+    """Weights (n, ...) divided by their sum; all zero where there are none."""
+    total = weights.flatten(1).sum(1).view(-1, *[1] * (weights.ndim - 1))
+    return weights / total.where(total > 0, total.new_ones(()))

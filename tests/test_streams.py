@@ -1,0 +1,235 @@
+"""The dual-stream bottleneck of InfoCAM (reconstruction): its parts, and a slow rewrite of all of it."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import planted_channels as scene
+import pytest
+import torch
+from conftest import explain, make_batch
+from planted_channels import fitted
+from torch import nn
+
+import slow_infocam
+from faithmap import bottleneck, registry, streams
+from faithmap.batch import Batch
+from faithmap.context import Context
+from faithmap.cuts import cut_at
+from faithmap.models import Model
+from faithmap.records import canonical_json
+from faithmap.streams import Gates
+
+QUICK = {"iterations": 4, "samples": 4, "prior_samples": 4}
+
+
+class TestParts:
+    def test_the_divergence_equals_an_integral(self) -> None:
+        grid = np.linspace(-14, 14, 400_001)
+        for alpha, r in ((0.3, 1.7), (-2.0, 3.0), (2.5, -0.4), (-6.0, 0.0)):
+            share = slow_infocam.sigmoid(alpha)
+            for sign, keep in ((1, share), (-1, 1 - share)):  # both streams
+                centre, spread = keep * r, 1 - keep
+                given = -0.5 * ((grid - centre) / spread) ** 2 - math.log(spread * math.sqrt(2 * math.pi))
+                alone = -0.5 * grid**2 - math.log(math.sqrt(2 * math.pi))
+                exact = float(np.trapezoid(np.exp(given) * (given - alone), grid))
+                found = streams.divergence(torch.tensor(sign * alpha).double(), torch.tensor(r).double())
+                assert float(found) == pytest.approx(exact, abs=1e-6)
+
+    def test_the_divergence_keeps_its_digits(self) -> None:
+        alpha = torch.linspace(-30, 30, 241)
+        found = streams.divergence(alpha, torch.tensor(1.3))
+        exact = streams.divergence(alpha.double(), torch.tensor(1.3).double())
+        assert bool(torch.isfinite(found).all()) and float(found.min()) > -1e-12
+        middle = (alpha > -8) & (alpha < 8)
+        assert torch.allclose(found[middle].double(), exact[middle], rtol=1e-3)
+        assert bool((found[middle][1:] >= found[middle][:-1]).all())
+        usual = bottleneck.information(
+            torch.tensor(1.3).double(), alpha.double().sigmoid(), (-alpha.double()).sigmoid()
+        )
+        assert torch.allclose(exact, usual, atol=1e-9)
+        shut = torch.tensor(-torch.inf)
+        assert float(streams.divergence(shut, torch.tensor(5.0))) == 0
+
+    def test_log_odds_and_what_is_told(self) -> None:
+        generator = torch.Generator().manual_seed(0)
+        logits, targets = 3 * torch.randn(50, 4, generator=generator), torch.arange(50) % 4
+        scores = streams.log_odds(logits, targets)
+        p = logits.softmax(1).gather(1, targets.view(-1, 1)).squeeze(1)
+        assert torch.allclose(scores.sigmoid(), p, atol=1e-6)
+        assert torch.allclose(streams.log_odds(logits + 7.0, targets), scores, atol=1e-5)
+        prior = torch.full_like(scores, -0.5)
+        expected = [slow_infocam.told(float(score), -0.5) for score in scores]
+        assert streams.told(scores, prior).numpy() == pytest.approx(expected, abs=1e-6)
+        assert expected.count(0.0) > 5 and max(expected) > 0.5
+
+    def test_what_is_told_has_a_gradient_where_the_head_is_sure(self) -> None:
+        score = torch.tensor([40.0, 2.0, -3.0], requires_grad=True)
+        prior = torch.tensor([-1.0, -1.0, -1.0])
+        (gradient,) = torch.autograd.grad(streams.told(score, prior).sum(), score)
+        pi = slow_infocam.sigmoid(-1.0)
+        assert gradient.tolist() == pytest.approx([1 - pi, slow_infocam.sigmoid(2.0) - pi, 0.0], abs=1e-6)
+
+    def test_gates_of_each_kind(self) -> None:
+        model = scene.planted()
+        features, _ = fitted(model, scene.planted_batch(model, 2), prior_samples=2, iterations=1, samples=2)
+        generator = torch.Generator().manual_seed(0)
+        for kind in streams.KINDS:
+            start = Gates.start(kind, features, 0.0)
+            gates = Gates(kind, torch.randn(start.alpha.shape, generator=generator))
+            for i in range(2):
+                arrays = [t[i].double().numpy() for t in (features.values, features.mean, features.std)]
+                share = slow_infocam.opened(kind, gates.alpha[i].double().numpy(), *arrays[:2])
+                assert gates.passed(features)[i].numpy() == pytest.approx(share, abs=1e-6)
+                assert gates.nats(features)[i].numpy() == pytest.approx(
+                    slow_infocam.nats(*arrays, share), abs=1e-4
+                )
+
+    def test_the_streams_share_the_features(self) -> None:
+        model = scene.planted()
+        features, gates = fitted(model, scene.planted_batch(model, 2), **QUICK)
+        centre, spread = gates.streams(features)
+        assert torch.allclose(centre.sum(1), features.values + features.mean, atol=1e-5)
+        assert torch.allclose(spread.sum(1), features.std, atol=1e-6)
+
+    def test_a_shut_gate_hides_the_image_and_an_open_one_shows_it(self, model: Model) -> None:
+        batch = make_batch(model, 2)
+        cut = cut_at(model)
+        output = batch.context.outputs(cut.layer)
+        features = streams.with_noise(model, cut, output, batch.targets, "zero", min_std=0.01, min_active=0.0)
+        from faithmap.cuts import NetworkTail
+
+        tail = NetworkTail(model, cut)
+        opened, spread = Gates.start("channel", features, torch.inf).streams(features)
+        assert not (spread[:, 0] * features.alive).any()
+        assert torch.allclose(tail.logits(opened[:, 0]), batch.logits, atol=1e-5)
+        same = features.select(torch.tensor([0, 0]))  # one noise for both images
+        mixed = Gates.start("channel", same, -torch.inf).streams(
+            streams.Features(features.values, same.mean, same.std, same.alive, same.targets)
+        )
+        blind = tail.logits(mixed[0][:, 0] + mixed[1][:, 0])
+        assert torch.allclose(blind[0], blind[1], atol=1e-6)
+
+    @pytest.mark.parametrize("squares", [0.0, 0.3, 1.0, 50.0])
+    def test_the_gates_equation_is_solved(self, squares: float) -> None:
+        gains = torch.tensor([0.0, 1e-6, 1e-3, 0.2, 1.0, 2.0, 3.0, 40.0, 1e4, 1e6], dtype=torch.float64)
+        found = streams.solved(gains, torch.full_like(gains, 0.5), torch.full_like(gains, squares), 4.0)
+        expected = [slow_infocam.halved(gain / 2, squares) if gain else 0.0 for gain in gains.tolist()]
+        assert found.numpy() == pytest.approx(expected, abs=1e-9)
+        none = streams.solved(gains, torch.zeros_like(gains), torch.ones_like(gains), 4.0)
+        assert not none.any()
+
+
+class Sensor(nn.Module):
+    """Cell means of the colours, then a small network that reads all cells."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.body = nn.AvgPool2d(4)
+        self.head = nn.Sequential(nn.Linear(3 * 4, 5), nn.Tanh(), nn.Linear(5, 3))
+        for layer in (self.head[0], self.head[2]):
+            nn.init.normal_(layer.weight, std=1.2)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        logits: torch.Tensor = self.head(self.body(images).flatten(1))
+        return logits
+
+
+def sensor() -> tuple[Model, Batch]:
+    model = Model(Sensor(), mean=0.3, std=0.2, input_size=8, name="sensor", target_layer="body")
+    images = torch.rand(2, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+    return model, Batch(images, torch.tensor([1, 2]), ("a", "b"), Context(model, images))
+
+
+class TestReference:
+    @pytest.mark.parametrize("kind", ["channel", "half", "element"])
+    @pytest.mark.parametrize("statistics", ["zero", "file"])
+    def test_equals_the_slow_rewrite_step_by_step(self, kind: str, statistics: str, tmp_path: Path) -> None:
+        model, batch = sensor()
+        if statistics == "file":
+            images = torch.rand(12, 3, 8, 8, generator=torch.Generator().manual_seed(3))
+            statistics = str(bottleneck.fit_statistics(model, [images]).save(tmp_path / "s.safetensors"))
+        params = {
+            "mode": "element" if kind == "element" else "channel", "halves": kind == "half", "beta": 0.7,
+            "gamma": 1.5, "iterations": 3, "samples": 4, "prior_samples": 6, "statistics": statistics,
+        }  # fmt: skip
+        features, gates = fitted(model, batch, **params)
+        for i in range(2):
+            tail, (values, mean, std) = self.parts(model, features, i)
+            generator, target = batch.generator(i), int(batch.targets[i])
+            prior = self.prior(tail, target, mean, std, generator, 6)
+            draws = [torch.randn(2, 2, *values.shape, generator=generator).double().numpy() for _ in range(3)]
+            expected = slow_infocam.optimised(
+                tail, target, values, mean, std, kind, np.zeros(gates.alpha[i].shape),
+                [(one[0], one[1]) for one in draws], prior,
+                beta=0.7, gamma=1.5, rate=1.0 if kind == "element" else 0.5,
+            )  # fmt: skip
+            assert gates.alpha[i].numpy() == pytest.approx(expected, rel=2e-3, abs=2e-3)
+
+    def test_the_mean_field_equals_the_slow_rewrite(self) -> None:
+        model, batch = sensor()
+        features, gates = fitted(
+            model, batch, mode="mean-field", halves=False, beta=0.2, contexts=3, prior_samples=6
+        )
+        for i in range(2):
+            tail, (values, mean, std) = self.parts(model, features, i)
+            generator, target = batch.generator(i), int(batch.targets[i])
+            prior = self.prior(tail, target, mean, std, generator, 6)
+            coins = (torch.rand(3, 3, generator=generator) < 0.5).numpy()
+            noises = torch.randn(3, *values.shape, generator=generator).double().numpy()
+            expected = slow_infocam.mean_field(
+                tail, target, values, mean, std, coins, noises, prior, 0.2, 1.0
+            )
+            assert gates.alpha[i].sigmoid().numpy() == pytest.approx(expected, abs=1e-4)
+            assert expected.max() > 0.1
+
+    @staticmethod
+    def parts(model: Model, features: streams.Features, i: int) -> tuple[Any, list[np.ndarray]]:
+        twin = Sensor().double()
+        twin.load_state_dict(model.module.state_dict())
+
+        def tail(z: np.ndarray) -> np.ndarray:
+            logits: np.ndarray = twin.head(torch.tensor(z).flatten()[None])[0].detach().numpy()
+            return logits
+
+        return tail, [t[i].double().numpy() for t in (features.values, features.mean, features.std)]
+
+    @staticmethod
+    def prior(
+        tail: Any, target: int, mean: np.ndarray, std: np.ndarray, generator: torch.Generator, count: int
+    ) -> float:
+        noise = torch.randn(count, *mean.shape, generator=generator).double().numpy()
+        return float(np.mean([slow_infocam.log_odds(tail(mean + std * e), target) for e in noise]))
+
+    @pytest.mark.parametrize("weight", ["info", "gate"])
+    @pytest.mark.parametrize("kind", ["channel", "half"])
+    def test_maps_from_gates(self, kind: str, weight: str, tmp_path: Path) -> None:
+        model, batch = sensor()
+        images = 0.7 * torch.rand(12, 3, 8, 8, generator=torch.Generator().manual_seed(3)) + 0.16
+        file = str(bottleneck.fit_statistics(model, [images]).save(tmp_path / "s.safetensors"))
+        params = {
+            "mode": "channel", "halves": kind == "half", "beta": 0.1, "weight": weight, "statistics": file,
+            **QUICK,
+        }  # fmt: skip
+        full = registry.get("explainer", "infocam").check(params)
+        seeded = batch.with_seed_key(canonical_json(["infocam", full]))
+        for picture in ("A", "A_plus"):
+            full["map"] = params["map"] = picture
+            seeded = batch.with_seed_key(canonical_json(["infocam", full]))
+            maps = explain("infocam", model, batch, **params)
+            features, gates = fitted(model, seeded, **params)
+            for i in range(2):
+                values, mean = features.values[i].double().numpy(), features.mean[i].double().numpy()
+                assert 0 < sum(values.mean(1) > mean.mean(1)) < 3  # one channel at least is absent
+                carried = (
+                    (gates.nats(features) if weight == "info" else gates.passed(features))[i].double().numpy()
+                )
+                expected = (
+                    slow_infocam.half_map(values, mean, carried) if kind == "half"
+                    else slow_infocam.channel_map(values, mean, carried, excess=picture == "A_plus")
+                )  # fmt: skip
+                assert maps[i].flatten().numpy() == pytest.approx(expected, abs=1e-5)
