@@ -240,7 +240,7 @@ class TestSettings:
 
     def test_class_tokens_have_noise_of_their_own(self, vit: Model, tmp_path: Path) -> None:
         cut, batch = cut_at(vit), make_batch(vit, 2)
-        output = batch.context.output(cut.layer)
+        output = batch.context.outputs(cut.layer)
 
         def noise(statistics: Any) -> streams.Features:
             return streams.with_noise(
@@ -255,7 +255,7 @@ class TestSettings:
         images = torch.rand(9, 3, 32, 32, generator=torch.Generator().manual_seed(0))
         statistics = bottleneck.fit_statistics(vit, images.split(4), cut.layer)
         file = statistics.save(tmp_path / "s.safetensors")
-        raw = Context(vit, images).output(cut.layer).double()
+        raw = Context(vit, images).outputs(cut.layer).double()
         for found in (noise(str(file)), noise(statistics)):
             assert torch.allclose(found.mean[0, :, 0].double(), raw[:, 0].mean(0), atol=1e-5)
             assert torch.allclose(found.std[0, :, 0].double(), raw[:, 0].std(0), atol=1e-5)

@@ -67,7 +67,7 @@ class Context:
         return self.model.features(self.output_gradients(targets, layer, score), layer, self._size)
 
     def outputs(self, layer: str | None = None) -> Tensor:
-        """What a layer returns, as it is and without a graph: of a transformer tokens (B, N, D), prefix and all."""
+        """What a layer returns, as it is: of a transformer tokens (B, N, D), those of its prefix too."""
         name = layer or self.model.target_layer
         if name not in self._activations:
             self._capture(name)

@@ -8,7 +8,6 @@ thousands of passes; where only some have changed, `--count` names those that ar
 from __future__ import annotations
 
 import argparse
-import inspect
 import re
 import sys
 from collections.abc import Iterable, Mapping, Sequence
@@ -170,7 +169,7 @@ def _section(plugin: Plugin, models: Mapping[str, Model]) -> str:
         if facts.defined_for is not None and (not facts.families or model.family in facts.families):
             reason = ask(plugin, model).reason
             notes += [f"Not on `{name}`: {escaped(reason)}."] if reason else []
-    if inspect.isclass(plugin.target):
+    if plugin.fits:
         notes.append("Must be fitted before it explains; its passes are not counted here.")
     if facts.iterative:
         notes.append("Found step by step, so that rounding grows: the kit compares its maps by their ranks.")
@@ -206,7 +205,7 @@ def count(plugins: Sequence[Plugin], models: Mapping[str, Model]) -> dict[str, d
     for name in MODELS:
         batch = example(models[name])
         for plugin in plugins:
-            if not ask(plugin, models[name]).reason and not inspect.isclass(plugin.target):
+            if not ask(plugin, models[name]).reason and not plugin.fits:
                 found[plugin.name][name] = counted(plugin, models[name], batch)
                 sys.stderr.write(f"{name}: {plugin.name} {_passes(found[plugin.name][name])}\n")
     return found
