@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from torch import Generator, Tensor
 
     from faithmap.batch import Batch, Maps
+    from faithmap.bottleneck import Statistics
     from faithmap.cuts import Cut, Tail
     from faithmap.models import Model
     from faithmap.streams import Features, Gates
@@ -63,32 +64,12 @@ def _backwards(model: Model, params: Mapping[str, Any]) -> float:
 
 
 @explainer(
-    version=1, source="InfoCAM 2026, reconstruction: of the paper only the abstract is public",
+    name="infocam", version=1, fit_params=["layer"], check_fit={"batch_size": 3},
+    source="InfoCAM 2026, reconstruction: of the paper only the abstract is public",
     defined_for=_undefined, forwards=_forwards, backwards=_backwards, exact_cost=False, iterative=True,
     check_params={"iterations": 6, "samples": 4, "prior_samples": 4},
 )  # fmt: skip
-def infocam(
-    model: Model,
-    batch: Batch,
-    *,
-    mode: str = "auto",
-    statistics: str = "zero",
-    layer: str | None = None,
-    map: str = "auto",
-    weight: str = "info",
-    halves: bool | None = None,
-    beta: float | None = None,
-    gamma: float = 1.0,
-    iterations: int | None = None,
-    learning_rate: float | None = None,
-    samples: int = 10,
-    prior_samples: int = 64,
-    contexts: int = 4,
-    start: float = 0.0,
-    min_std: float = 0.01,
-    min_active: float = 0.01,
-    min_nats: float = 0.01,
-) -> Maps:
+class InfoCAM:
     """Channels weighted by the information about the class that a dual-stream bottleneck lets pass.
 
     InfoCAM (reconstruction): only the paper's abstract is public. It fixes a dual-stream information
@@ -132,7 +113,7 @@ def infocam(
     last reach a class token's head no more. All tokens are gated, the class token with noise of its own;
     only patches are in the map.
 
-    Returns (B, h, w) on the features' grid, not negative, in the unit of the features ("density": nats
+    The map is (B, h, w) on the features' grid, not negative, in the unit of the features ("density": nats
     per cell). The stretch to [0, 1] that ends the published map is left to whoever shows it. A map is
     zero where all that passes is less than `min_nats` per cell: nothing speaks for the class, or beta is
     too large.
@@ -143,8 +124,9 @@ def infocam(
     vector; this is exact, and the network is passed once.
 
     mu and sigma are meant to come from a thousand images or more, over which and over cells they are
-    taken for each channel: `faithmap.bottleneck.fit_statistics(model, images, layer).save(path)`. By
-    default no data is needed: noise lies around zero with the channel's root mean square over the image.
+    taken for each channel: `faithmap train "infocam[statistics=fitted]" --model MODEL --dataset DATASET`,
+    or `faithmap.bottleneck.fit_statistics(model, images, layer).save(path)`. By default no data is
+    needed: noise lies around zero with the channel's root mean square over the image.
     "image" takes the channel's mean over the image; a head that averages the layer then loses nothing,
     and maps are blank.
 
@@ -152,10 +134,8 @@ def infocam(
     published: everything with a number.
 
     Args:
-        model: the model, of two classes or more.
-        batch: images with targets.
         mode: "channel", "element", "mean-field" or "auto".
-        statistics: "zero", "image", or the path of a file made for this model and layer.
+        statistics: "zero", "image", "fitted", or the path of a file made for this model and layer.
         layer: dotted name of a layer that is a cut; see above.
         map: "A", "A_plus", "density", "density_plus", or "auto": "A_plus" for channels, else a density,
             "density_plus" where features have no sign.
@@ -175,40 +155,103 @@ def infocam(
         min_nats: least information per cell, summed over channels, for a map that is not zero.
 
     Raises:
-        RequestError: the layer is no cut (others are named), a word is unknown, a number makes no sense,
-            or statistics do not fit.
+        RequestError: a word is unknown, or a number makes no sense.
     """
-    import torch
 
-    from faithmap.cuts import PooledTail, cut_at, tail_of
-    from faithmap.perturb import chunk_size
-    from faithmap.streams import with_noise
+    def __init__(
+        self,
+        *,
+        mode: str = "auto",
+        statistics: str = "zero",
+        layer: str | None = None,
+        map: str = "auto",
+        weight: str = "info",
+        halves: bool | None = None,
+        beta: float | None = None,
+        gamma: float = 1.0,
+        iterations: int | None = None,
+        learning_rate: float | None = None,
+        samples: int = 10,
+        prior_samples: int = 64,
+        contexts: int = 4,
+        start: float = 0.0,
+        min_std: float = 0.01,
+        min_active: float = 0.01,
+        min_nats: float = 0.01,
+    ) -> None:
+        self._given = {
+            "mode": mode, "map": map, "weight": weight, "halves": halves, "beta": beta, "gamma": gamma,
+            "iterations": iterations, "learning_rate": learning_rate, "samples": samples,
+            "prior_samples": prior_samples, "contexts": contexts, "start": start, "min_nats": min_nats,
+        }  # fmt: skip
+        _check(self._given, min_std=min_std, min_active=min_active)
+        self._layer, self._min_std, self._min_active = layer, min_std, min_active
+        self._statistics: str | Statistics = statistics
 
-    given = {
-        "mode": mode, "map": map, "weight": weight, "halves": halves, "beta": beta, "gamma": gamma,
-        "iterations": iterations, "learning_rate": learning_rate, "samples": samples,
-        "prior_samples": prior_samples, "contexts": contexts, "start": start, "min_nats": min_nats,
-    }  # fmt: skip
-    _check(given, min_std=min_std, min_active=min_active)
-    cut = cut_at(model, layer, batch.size)
-    chosen = _settle(model, cut, given)
-    features = with_noise(
-        model, cut, batch.context.outputs(cut.layer), batch.targets, statistics,
-        min_std=min_std, min_active=min_active,
-    )  # fmt: skip
-    tail = tail_of(model, cut)
-    # A pass with a graph holds about four times what a pass without one does.
-    chunk = max(1, chunk_size(model, batch.size) // 4)
-    if isinstance(tail, PooledTail):
-        chunk = max(64, 2**23 // features.values[0].numel())
-    maps = []
-    for part in torch.arange(len(batch), device=features.values.device).split(
-        max(1, chunk // (2 * chosen.samples))
-    ):
-        here = features.select(part)
-        gates = _fitted(tail, here, [batch.generator(i) for i in part.tolist()], chosen, chunk)
-        maps.append(_map(cut, here, gates, chosen))
-    return torch.cat(maps)
+    @property
+    def wants_fit(self) -> bool:
+        """Whether the statistics are those of a fit."""
+        return self._statistics == "fitted"
+
+    def fit(self, model: Model, data: Any, session: Any, *, batch_size: int = 32) -> dict[str, Tensor]:
+        """Gather mean and spread of the layer's features over the images, once through.
+
+        Args:
+            model: the model.
+            data: the images, a `faithmap.training.TrainingData`.
+            session: a `faithmap.training.Session`.
+            batch_size: images in a pass.
+        """
+        from faithmap.bottleneck import gather_statistics
+        from faithmap.cuts import cut_at
+
+        layer = cut_at(model, self._layer).layer
+        return gather_statistics(model, data, session, layer, batch_size).tensors()
+
+    def load(self, model: Model, tensors: Mapping[str, Tensor]) -> None:
+        """Take the statistics of a fit."""
+        from faithmap.bottleneck import Statistics
+        from faithmap.cuts import cut_at
+
+        layer = cut_at(model, self._layer).layer
+        self._statistics = Statistics.of_tensors(tensors, layer, model.digest())
+
+    def __call__(self, model: Model, batch: Batch) -> Maps:
+        """Maps (B, h, w) on the features' grid.
+
+        Raises:
+            RequestError: the layer is no cut (others are named), or the statistics do not fit.
+        """
+        import torch
+
+        from faithmap.cuts import PooledTail, cut_at, tail_of
+        from faithmap.errors import RequestError
+        from faithmap.perturb import chunk_size
+        from faithmap.streams import with_noise
+
+        if self._statistics == "fitted":
+            raise RequestError(
+                f"infocam has no statistics for model '{model.name}'; `faithmap train` gathers them"
+            )
+        cut = cut_at(model, self._layer, batch.size)
+        chosen = _settle(model, cut, self._given)
+        features = with_noise(
+            model, cut, batch.context.outputs(cut.layer), batch.targets, self._statistics,
+            min_std=self._min_std, min_active=self._min_active,
+        )  # fmt: skip
+        tail = tail_of(model, cut)
+        # A pass with a graph holds about four times what a pass without one does.
+        chunk = max(1, chunk_size(model, batch.size) // 4)
+        if isinstance(tail, PooledTail):
+            chunk = max(64, 2**23 // features.values[0].numel())
+        maps = []
+        for part in torch.arange(len(batch), device=features.values.device).split(
+            max(1, chunk // (2 * chosen.samples))
+        ):
+            here = features.select(part)
+            gates = _fitted(tail, here, [batch.generator(i) for i in part.tolist()], chosen, chunk)
+            maps.append(_map(cut, here, gates, chosen))
+        return torch.cat(maps)
 
 
 @dataclass(frozen=True)

@@ -12,12 +12,14 @@ from conftest import explain, inside, make_batch, make_cnn, make_vit
 from planted_channels import fitted
 from torch import nn
 
-from faithmap import _planted, bottleneck, registry, streams
+from faithmap import _planted, bottleneck, conformance, registry, streams
 from faithmap.batch import Batch
 from faithmap.context import Context
 from faithmap.cuts import cut_at
 from faithmap.errors import RequestError
 from faithmap.models import Model
+from faithmap.records import Sample
+from faithmap.training import Session, TrainingData, fit_in_memory
 
 QUICK = {"iterations": 4, "samples": 4, "prior_samples": 4}
 
@@ -341,3 +343,59 @@ class TestSettings:
     def test_senseless_settings_are_refused(self, vit: Model, params: dict[str, Any], message: str) -> None:
         with pytest.raises(RequestError, match=message):
             explain("infocam", vit, make_batch(vit, 1), **params)
+
+
+class TestFit:
+    """Statistics that `faithmap train` gathers."""
+
+    def data(self, model: Model, count: int = 11) -> TrainingData:
+        generator = torch.Generator().manual_seed(4)
+        images = torch.rand(count, 3, *model.input_size, generator=generator)
+        samples = [Sample(id=str(i), image=image, label=0) for i, image in enumerate(images)]
+        return TrainingData(samples, model, seed=0)
+
+    def test_it_gathers_what_fit_statistics_does(self, model: Model) -> None:
+        data = self.data(model)
+        infocam = registry.get("explainer", "infocam").make({"statistics": "fitted"})
+        tensors = infocam.fit(model, data, Session(), batch_size=4)
+        images = torch.cat([images for images, _ in data.batches(4, 0, shuffle=False)])
+        layer = cut_at(model).layer
+        expected = bottleneck.fit_statistics(model, [images], layer)
+        found = bottleneck.Statistics.of_tensors(tensors, layer, model.digest())
+        assert found.count == expected.count == 11
+        for name in ("mean", "std", "active", "prefix"):
+            one, two = getattr(found, name), getattr(expected, name)
+            assert (one is None) == (two is None)
+            assert one is None or torch.allclose(one, two, atol=1e-6)
+
+    def test_a_fit_explains_as_its_file_does(self, model: Model, tmp_path: Path) -> None:
+        data, batch = self.data(model), make_batch(model, 2)
+        images = [images for images, _ in data.batches(4, 0, shuffle=False)]
+        file = bottleneck.fit_statistics(model, images, cut_at(model).layer).save(tmp_path / "s.safetensors")
+        plugin = registry.get("explainer", "infocam")
+        params = plugin.check({"statistics": "fitted", **QUICK})
+        fit = fit_in_memory(plugin, params, model, data, batch_size=4)
+        with_file = explain("infocam", model, batch, statistics=str(file), **QUICK)
+        # The seeds depend on the parameters as they are given: the same ones for both.
+        infocam = plugin.make(params)
+        infocam.load(model, fit.tensors())
+        again = plugin.make({**params, "statistics": str(file)})
+        assert torch.equal(infocam(model, batch), again(model, batch))
+        assert with_file.shape == again(model, batch).shape
+
+    def test_without_one_it_says_what_to_do(self, cnn: Model) -> None:
+        with pytest.raises(RequestError, match="infocam has no statistics for model 'tiny-cnn'"):
+            explain("infocam", cnn, make_batch(cnn, 1), statistics="fitted")
+
+    def test_the_kit_fits_it(self) -> None:
+        only = ["check_facts", "check_fit", "check_resume", "check_maps", "check_batch", "check_target"]
+        results = conformance.check_explainer("infocam[statistics=fitted]", only=only)
+        assert [result.message for result in results if result.status != "passed"] == []
+        assert {result.model for result in results} == {"", "shapes/resnet", "shapes/vit"}
+
+    def test_wrong_batches_are_refused(self, cnn: Model) -> None:
+        infocam = registry.get("explainer", "infocam").make({"statistics": "fitted"})
+        with pytest.raises(RequestError, match="batch_size is 0"):
+            infocam.fit(cnn, self.data(cnn), Session(), batch_size=0)
+        with pytest.raises(RequestError, match="from 1 images"):
+            infocam.fit(cnn, self.data(cnn, 1), Session())

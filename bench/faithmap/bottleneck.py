@@ -9,10 +9,10 @@ forward pass in which a layer's features are exchanged for others.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,9 @@ from faithmap.cuts import feature_places, find_layout
 from faithmap.errors import RequestError, nearest
 from faithmap.models import Model
 from faithmap.records import canonical_json
+
+if TYPE_CHECKING:
+    from faithmap.training import Session, TrainingData
 
 #: References that need no data: noise around zero with each channel's root mean square over the
 #: image, or around each channel's mean over the image with its standard deviation.
@@ -60,6 +63,20 @@ class Statistics:
         Path(path).chmod(0o644)  # safetensors leaves files that only their owner may read
         return Path(path)
 
+    def tensors(self) -> dict[str, Tensor]:
+        """What a fit keeps of them."""
+        held = {"mean": self.mean, "std": self.std, "active": self.active, "prefix": self.prefix}
+        tensors = {name: value.contiguous() for name, value in held.items() if value is not None}
+        return {**tensors, "count": torch.tensor(float(self.count))}
+
+    @classmethod
+    def of_tensors(cls, tensors: Mapping[str, Tensor], layer: str, model: str) -> Statistics:
+        """The statistics of a layer that a fit has kept."""
+        return cls(
+            tensors["mean"], tensors["std"], int(tensors["count"]), layer, model,
+            tensors.get("active"), tensors.get("prefix"),
+        )  # fmt: skip
+
 
 class Welford:
     """Running mean and variance of tensors, batch by batch, in float64.
@@ -73,6 +90,14 @@ class Welford:
         self.count = 0
         self._mean = torch.zeros(())
         self._squares = torch.zeros(())
+
+    def state(self) -> dict[str, Any]:
+        """All that was taken in, for a checkpoint."""
+        return {"count": self.count, "mean": self._mean, "squares": self._squares}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Go on from a state."""
+        self.count, self._mean, self._squares = int(state["count"]), state["mean"], state["squares"]
 
     def update(self, samples: Tensor) -> None:
         """Take in samples (n, ...) of one shape."""
@@ -114,28 +139,94 @@ def fit_statistics(model: Model, images: Iterable[Tensor], layer: str | None = N
     Raises:
         RequestError: there are fewer than two images, or their sizes differ.
     """
-    estimate, prefix, active = Welford(), Welford(), Welford()
+    gathering = _Gathering(model, layer)
     for batch in images:
-        context = Context(model, batch.to(model.device))
-        features, output = context.activations(layer), context.outputs(layer)
-        estimate.update(features)
-        active.update((features != 0).double().mean((2, 3)))
+        gathering.update(batch)
+    return gathering.statistics()
+
+
+def gather_statistics(
+    model: Model, data: TrainingData, session: Session, layer: str | None = None, batch_size: int = 32
+) -> Statistics:
+    """The same in a session of `faithmap train`, which may be killed and go on.
+
+    Args:
+        model: the model.
+        data: the images.
+        session: what reports and keeps checkpoints.
+        layer: dotted name of the layer; the model's target layer by default.
+        batch_size: images in a pass.
+
+    Raises:
+        RequestError: there are fewer than two images, or batches of fewer than one.
+    """
+    if batch_size < 1:
+        raise RequestError(f"batch_size is {batch_size}; expected 1 or more")
+    gathering, done = _Gathering(model, layer), 0
+    if (state := session.resume()) is not None:
+        gathering.restore(state)
+        done = int(state["done"])
+    steps = data.steps(batch_size)
+    for images, _ in data.batches(batch_size, 0, shuffle=False, start=done):
+        gathering.update(images)
+        done += 1
+        session.report(done, steps, {"images": gathering.count})
+        kept = {**gathering.state(), "done": done}
+        session.checkpoint(kept.copy)
+    return gathering.statistics()
+
+
+class _Gathering:
+    """Running statistics of a layer: features, how often they are not zero, prefix tokens."""
+
+    def __init__(self, model: Model, layer: str | None) -> None:
+        self._model, self._layer = model, layer
+        self._parts = {"features": Welford(), "prefix": Welford(), "active": Welford()}
+
+    @property
+    def count(self) -> int:
+        """Images so far."""
+        return self._parts["features"].count
+
+    def update(self, images: Tensor) -> None:
+        """Take in images (B, 3, H, W)."""
+        context = Context(self._model, images.to(self._model.device))
+        features, output = context.activations(self._layer), context.outputs(self._layer)
+        self._parts["features"].update(features)
+        self._parts["active"].update((features != 0).double().mean((2, 3)))
         if output.ndim == 3 and output[0].numel() > features[0].numel():
-            size = (int(batch.shape[2]), int(batch.shape[3]))
-            layout = find_layout(model, output, layer or model.target_layer, size)
-            prefix.update(layout.units(output)[:, :, list(layout.prefix)])
+            size = (int(images.shape[2]), int(images.shape[3]))
+            layout = find_layout(self._model, output, self._layer or self._model.target_layer, size)
+            self._parts["prefix"].update(layout.units(output)[:, :, list(layout.prefix)])
         context.release()
-    if estimate.count < 2:
-        raise RequestError(
-            f"statistics were asked for from {estimate.count} images; a spread takes two, "
-            "and a useful one a thousand"
-        )
-    name = layer or model.target_layer
-    tokens = torch.stack([prefix.mean, prefix.std]).float() if prefix.count else None
-    return Statistics(
-        estimate.mean.float(), estimate.std.float(), estimate.count, name, model.digest(),
-        active.mean.float(), tokens,
-    )  # fmt: skip
+
+    def state(self) -> dict[str, Any]:
+        """All that was taken in."""
+        return {name: part.state() for name, part in self._parts.items()}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Go on from a state."""
+        for name, part in self._parts.items():
+            part.restore(state[name])
+
+    def statistics(self) -> Statistics:
+        """What they come to.
+
+        Raises:
+            RequestError: there were fewer than two images.
+        """
+        features, prefix = self._parts["features"], self._parts["prefix"]
+        if features.count < 2:
+            raise RequestError(
+                f"statistics were asked for from {features.count} images; a spread takes two, "
+                "and a useful one a thousand"
+            )
+        name = self._layer or self._model.target_layer
+        tokens = torch.stack([prefix.mean, prefix.std]).float() if prefix.count else None
+        return Statistics(
+            features.mean.float(), features.std.float(), features.count, name, self._model.digest(),
+            self._parts["active"].mean.float(), tokens,
+        )  # fmt: skip
 
 
 def load_statistics(path: str | Path, model: Model, layer: str | None = None) -> Statistics:

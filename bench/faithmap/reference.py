@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 
 from faithmap import registry
 from faithmap.errors import RequestError
+from faithmap.fitting import wants_fit
 from faithmap.listing import MODELS, brief
 from faithmap.records import Spec
 
@@ -169,7 +170,7 @@ def _section(plugin: Plugin, models: Mapping[str, Model]) -> str:
         if facts.defined_for is not None and (not facts.families or model.family in facts.families):
             reason = ask(plugin, model).reason
             notes += [f"Not on `{name}`: {escaped(reason)}."] if reason else []
-    if plugin.fits:
+    if wants_fit(plugin, plugin.check({})):
         notes.append("Must be fitted before it explains; its passes are not counted here.")
     if facts.iterative:
         notes.append("Found step by step, so that rounding grows: the kit compares its maps by their ranks.")
@@ -205,7 +206,7 @@ def count(plugins: Sequence[Plugin], models: Mapping[str, Model]) -> dict[str, d
     for name in MODELS:
         batch = example(models[name])
         for plugin in plugins:
-            if not ask(plugin, models[name]).reason and not plugin.fits:
+            if not ask(plugin, models[name]).reason and not wants_fit(plugin, plugin.check({})):
                 found[plugin.name][name] = counted(plugin, models[name], batch)
                 sys.stderr.write(f"{name}: {plugin.name} {_passes(found[plugin.name][name])}\n")
     return found
