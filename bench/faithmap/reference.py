@@ -22,6 +22,7 @@ from faithmap.errors import RequestError
 from faithmap.fitting import wants_fit
 from faithmap.listing import MODELS, brief
 from faithmap.records import Spec
+from faithmap.registry import FITTED
 
 if TYPE_CHECKING:
     from faithmap.batch import Batch
@@ -158,8 +159,9 @@ def _section(plugin: Plugin, models: Mapping[str, Model]) -> str:
 
     facts, known = plugin.facts, read_docstring(plugin.documentation)
     parts = [f"### {plugin.name}", *map(escaped, known.paragraphs)]
+    arguments = {FITTED: "which fit to take, by the beginning of its key or by its file.", **known.arguments}
     parameters = [
-        [f"`{name}`", f"`{brief(default)}`", escaped(known.arguments.get(name, ""))]
+        [f"`{name}`", f"`{brief(default)}`", escaped(arguments.get(name, ""))]
         for name, default in plugin.parameters.items()
         if name != "draw"  # the number of a null's draw, which runs count up themselves
     ]
