@@ -226,6 +226,23 @@ def test_a_board_says_when_a_method_was_fitted_on_its_images(model: Model, tmp_p
     )
 
 
+def test_a_board_counts_what_was_noted(tmp_path: Path) -> None:
+    from faithmap.data import choose as pick
+
+    samples = pick(load_dataset(Spec("shapes", {})).samples, "eval", 4)
+    brightness = sorted(float(sample.image().mean()) for sample in samples)
+    for dim, said in (
+        (0.0, ""),
+        (sum(brightness[1:3]) / 2, "- `toy-fitted`, 2 images: the image is dim"),
+        (sum(brightness[:2]) / 2, "- `toy-fitted`, 1 image: the image is dim"),
+    ):
+        out = tmp_path / f"{dim:.4f}"
+        run_toy(out, explainers=[{"name": "toy-fitted", "learn": False, "dim": dim}, {"name": "gradcam"}])
+        text = (out / "leaderboard.md").read_text()
+        assert said in text
+        assert ("Noted of maps that are scored all the same" in text) == bool(said)
+
+
 class KilledError(Exception):
     """Stands in for a kill."""
 

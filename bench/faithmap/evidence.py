@@ -73,6 +73,8 @@ class Evidence:
     unranked: Mapping[str, int]
     #: Explainer label -> why it was not run on this model, where that is so.
     skipped: Mapping[str, str]
+    #: Explainer label -> what it noted of maps that were scored all the same, and of how many images.
+    notes: Mapping[str, Mapping[str, int]]
     #: Score -> whether its values are 0 and 100 (or 0 and 1) throughout; the value of a hit.
     hit_value: Mapping[str, float]
     #: (N,) class indices, NaN where unknown.
@@ -210,6 +212,7 @@ def _cell(model: str, dataset: str, table: pd.DataFrame, manifest: Mapping[str, 
         unranked={label: _images_with(maps, FAILED, ranking) for label, maps in own.items()},
         skipped={label: maps.skip_reason or "not defined here" for label, maps in own.items()
                  if maps.status.size == 0 or np.isin(maps.status, (SKIPPED, ABSENT)).all()},
+        notes=_notes(scored),
         hit_value=_hit_values(scores, own),
         labels=_per_image(scored, "label", images),
         predicted=_per_image(scored, "predicted", images),
@@ -275,6 +278,17 @@ def _skip_reasons(table: pd.DataFrame) -> dict[tuple[str, str], str]:
         if count > reasons.get((line, null), (0, ""))[0]:
             reasons[line, null] = (int(count), str(reason))
     return {key: reason for key, (_, reason) in reasons.items()}
+
+
+def _notes(scored: pd.DataFrame) -> dict[str, dict[str, int]]:
+    """Reasons on rows that are ok: each line's notes, and the images that carry them."""
+    noted = scored[(scored["status"] == "ok") & (scored["reason"].fillna("") != "") & (scored["null"] == "")]
+    counted = noted.groupby(["line", "reason"], sort=True)["image_id"].nunique()
+    notes: dict[str, dict[str, int]] = {}
+    for key, count in counted.items():
+        line, reason = cast(tuple[str, str], key)
+        notes.setdefault(line, {})[reason] = int(count)
+    return notes
 
 
 def _reference_line(planes: Mapping[tuple[str, str], Maps], manifest: Mapping[str, Any]) -> str | None:

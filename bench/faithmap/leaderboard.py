@@ -58,6 +58,8 @@ class CellFacts:
     fill: str
     fills: tuple[str, ...]
     reversals: tuple[Reversal, ...]
+    #: Explainer label -> what it noted of maps that were scored all the same, and of how many images.
+    notes: Mapping[str, Mapping[str, int]]
 
 
 def build_board(rows: pd.DataFrame, manifest: Mapping[str, Any]) -> pd.DataFrame:
@@ -229,4 +231,5 @@ def _facts(cell: Evidence) -> CellFacts:
         fill=main,
         fills=(main, *(fill for fill in known if fill != main and fill in measured)),
         reversals=tuple(fill_reversals_of(cell)),
+        notes=cell.notes,
     )

@@ -17,8 +17,10 @@ from faithmap import Batch, Model, explainer
 class ToyFitted:
     """How far each pixel is from a colour that was learnt."""
 
-    def __init__(self, *, start: float = 0.0, power: float = 2.0, learn: bool = True) -> None:
-        self.start, self.power, self.learn = start, power, learn
+    def __init__(
+        self, *, start: float = 0.0, power: float = 2.0, learn: bool = True, dim: float = 0.0
+    ) -> None:
+        self.start, self.power, self.learn, self.dim = start, power, learn, dim
         self.colour = torch.full((3,), start)
 
     @property
@@ -55,5 +57,6 @@ class ToyFitted:
 
     def __call__(self, model: Model, batch: Batch) -> Tensor:
         """The distance to the colour, to a power."""
+        batch.note(batch.images.mean((1, 2, 3)) < self.dim, "the image is dim")
         gap = batch.images - self.colour.to(batch.images.device).view(1, 3, 1, 1)
         return torch.linalg.vector_norm(gap, dim=1).pow(self.power)

@@ -101,10 +101,20 @@ def _section(
     if left_out:
         reasons = [f"- {code(line['explainer'])}: {plain(line['status'])}" for line in left_out]
         parts += ["### Not ranked", "\n".join(reasons)]
-    parts += _fitted_here(measured, cell, manifest)
+    parts += _fitted_here(measured, cell, manifest) + _noted(measured, cell)
     parts += _stood_in(measured) + _figures(cell, figures)
     parts += _variants(methods + others, manifest) + _cost(methods + others, manifest)
     return parts + _reversal_list(cell)
+
+
+def _noted(lines: Sequence[Line], cell: CellFacts) -> list[str]:
+    """What explainers noted of maps that count all the same."""
+    said = [
+        f"- {code(line['explainer'])}, {count(number, 'image')}: {plain(note)}"
+        for line in lines
+        for note, number in cell.notes.get(line["explainer"], {}).items()
+    ]
+    return ["Noted of maps that are scored all the same:", "\n".join(said)] if said else []
 
 
 def _fitted_here(lines: Sequence[Line], cell: CellFacts, manifest: Mapping[str, Any]) -> list[str]:
