@@ -68,6 +68,25 @@ def test_flags_replace_lists_and_settings() -> None:
     assert config.run.seed == 0
 
 
+def test_models_and_datasets_of_the_request_keep_their_parameters(tmp_path: Path) -> None:
+    file = tmp_path / "mine.toml"
+    file.write_text(
+        '[[models]]\nname = "timm/resnet18"\nweights = "a.safetensors"\n'
+        '[[models]]\nname = "timm/resnet18"\nlabel = "other"\npretrained = false\n'
+        '[[datasets]]\nname = "imagefolder"\nroot = "photos"\n'
+        '[[explainers]]\nname = "rise"\nn_masks = 10\n'
+    )
+    config = load_config(file).with_lists(
+        models=["other", "timm/resnet34"], datasets=["imagefolder"], explainers=["rise"]
+    )
+    assert config.models == (
+        Spec("timm/resnet18", {"pretrained": False}, "other"),
+        Spec("timm/resnet34"),
+    )
+    assert config.datasets[0].params == {"root": "photos"} and config.datasets[0].base == tmp_path
+    assert config.explainers == (Spec("rise"),)
+
+
 def test_a_name_used_twice_is_labelled_by_its_parameters() -> None:
     config = load_config().with_lists(explainers=["occlusion[window=0.1]", "occlusion[window=0.2]"])
     assert [spec.title for spec in config.explainers] == ["occlusion[window=0.1]", "occlusion[window=0.2]"]

@@ -89,7 +89,9 @@ def run(
         str | None,
         typer.Argument(metavar="[PRESET | FILE.toml]", help="What to run; by default the preset quickstart."),
     ] = None,
-    models: Annotated[str | None, typer.Option(help=f"Models, also file.py:function. {Comma}")] = None,
+    models: Annotated[
+        str | None, typer.Option(help=f"Models, by name as in the request, or file.py:function. {Comma}")
+    ] = None,
     datasets: Annotated[str | None, typer.Option(help=f"Datasets. {Comma}")] = None,
     explainers: Annotated[str | None, typer.Option(help=f"Explainers. {Comma}")] = None,
     metrics: Annotated[str | None, typer.Option(help=f"Metrics. {Comma}")] = None,

@@ -98,13 +98,24 @@ class Config(BaseModel):
         return self._replace(run=_settings({**self.run.model_dump(), **given}, "flags"))
 
     def with_lists(self, **lists: Iterable[str | Spec] | None) -> Config:
-        """The same request with other lists of models, datasets, explainers or metrics; None leaves one."""
+        """The same request with other lists of models, datasets, explainers or metrics; None leaves one.
+
+        A model or dataset that the request itself names keeps what the request says of it (weights,
+        folders); explainers and metrics are taken as they are written.
+        """
         given = {
-            key: unique(tuple(parse_spec(item) for item in items), key)
+            key: unique(tuple(self._own(key, item) or parse_spec(item) for item in items), key)
             for key, items in lists.items()
             if items
         }
         return self._replace(**given)
+
+    def _own(self, key: str, item: str | Spec) -> Spec | None:
+        """The request's own model or dataset of a name; None where it has none."""
+        if key not in ("models", "datasets"):
+            return None
+        known: tuple[Spec, ...] = getattr(self, key)
+        return next((spec for spec in known if spec.title == item), None)
 
     def _replace(self, **changes: Any) -> Config:
         return self.model_copy(update=changes)
