@@ -181,6 +181,20 @@ class TestFigures:
         with mpl.rc_context({"lines.linewidth": 9, "font.size": 30}):
             assert draw() == plain
 
+    def test_what_is_not_defined_here_is_not_in_the_legend(
+        self, board: pd.DataFrame, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        from faithmap.report import figures
+
+        drawn: list[str] = []
+        monkeypatch.setattr(
+            figures, "_draw_curves", lambda lines, *_: drawn.extend(line["explainer"] for line in lines)
+        )
+        first, second = board["explainer"][:2]
+        curves = figures.Curves({first: {"pos_auc": np.ones(9)}, second: {"pos_auc": np.full(9, np.nan)}})
+        figures.curves_figure(_format.records(board), curves, "here")
+        assert drawn == [first]
+
     def test_names_of_files(self) -> None:
         assert _format.file_stem("hf/a b", "cub-200") == "hf-a-b-cub-200"
 

@@ -63,7 +63,12 @@ def cell_figures(
 
 def curves_figure(lines: Sequence[Line], curves: Curves, where: str) -> bytes:
     """Mean agreement against the share of pixels removed, a panel for each order, as a PNG."""
-    shown = [line for line in lines if line["explainer"] in curves.lines]
+    # A method that is not defined here has curves without a value.
+    shown = [
+        line
+        for line in lines
+        if any(np.isfinite(curve).any() for curve in curves.lines.get(line["explainer"], {}).values())
+    ]
     return _drawn(partial(_draw_curves, shown, curves, where), height=max(4.2, 1.6 + 0.18 * len(shown)))
 
 
