@@ -218,7 +218,7 @@ class Scan:
         from faithmap.explaining import guarded
 
         _one_of("schedule", schedule, SCHEDULES)
-        if min(epochs, batch_size, len(data)) < 1 or rate <= 0:
+        if min(epochs, batch_size, len(data)) < 1 or not rate > 0:
             raise RequestError(
                 f"scan: got {len(data)} images, epochs {epochs}, batch_size {batch_size}, rate {rate:g}; "
                 "expected one or more of each, and a rate above 0"
@@ -234,11 +234,13 @@ class Scan:
             while training.step < steps:
                 epoch, done = divmod(training.step, each)
                 for images, labels in data.batches(batch_size, epoch, drop_last=not partly, start=done):
+                    if not len(labels):  # none of them could be read
+                        training.step += 1
+                        continue
                     share = training.step / steps if schedule == "cosine" else 0.0
                     values = training.advance(images, labels, epoch, _rate(rate, share))
                     session.report(training.step, steps, values)
                     session.checkpoint(training.state)
-                # Batches of which no image could be read are not there.
                 training.step = (epoch + 1) * each
         weights = _weights(training.decoder).items()
         return {name: value.detach().float().cpu().contiguous() for name, value in weights}

@@ -116,10 +116,23 @@ def test_what_is_served_depends_on_the_weights_and_the_fit_parameters(model: Mod
     assert asked(model, params={"power": 3.0}).served == base  # no part of the fit
     assert asked(model, params={"start": 0.5}).served != base
     assert asked(load_model("shapes/convnext")).served != base
+    assert asked(load_model("shapes/resnet", layer="layer3")).served != base
     other = load_model("shapes/resnet")
     with torch.no_grad():
         next(other.module.parameters()).add_(1e-3)
     assert asked(other).served != base
+
+
+def test_whole_numbers_are_floats_where_floats_are_meant(model: Model) -> None:
+    assert asked(model, params={"start": 1}).served == asked(model, params={"start": 1.0}).served
+    assert asked(model, options={"rate": 1}).key == asked(model, options={"rate": 1.0}).key
+
+
+def test_the_images_that_are_seen_are_part_of_the_cause(model: Model) -> None:
+    cropped = load_model("shapes/resnet", crop_pct=0.5)
+    assert asked(cropped).served == asked(model).served
+    assert asked(cropped).key != asked(model).key
+    assert asked(model).key[0].isalpha()  # on the command line it is no number
 
 
 def test_of_two_fits_one_must_be_named(model: Model) -> None:
@@ -150,6 +163,36 @@ def test_a_damaged_fit_is_named(model: Model) -> None:
         fitting.find(toy(), toy().check({}), model)
 
 
+def test_a_damaged_fit_costs_its_own_line_alone(model: Model, tmp_path: Path) -> None:
+    made = training.train(asked(model))
+    assert made.path is not None
+    made.path.write_bytes(b"not tensors")
+    board = run_toy(tmp_path / "run").leaderboard().set_index("explainer")
+    assert "holds no fit" in board.loc["toy-fitted", "status"]
+    assert board.loc["gradcam", "status"] == "ok"
+
+
+def test_a_fit_that_changes_meanwhile_is_noticed(model: Model) -> None:
+    made = training.train(asked(model))
+    other = training.train(asked(model, seed=1))
+    assert made.path is not None and other.path is not None
+    made.path.write_bytes(other.path.read_bytes())
+    with pytest.raises(FaithmapError, match="has changed since this run began"):
+        made.tensors()
+
+
+def test_halves_keep_what_does_not_fit_in_them(tmp_path: Path) -> None:
+    given = {"count": torch.tensor(70000.0), "wide": torch.tensor([1e6, 1.0]), "plain": torch.tensor([0.5])}
+    fit = fitting.write(tmp_path / "a-b.safetensors", given, {"key": "b"}, half=True)
+    assert all(torch.equal(value, given[name]) for name, value in fit.tensors().items())
+
+
+def test_half_precision_can_be_asked_for_later(model: Model) -> None:
+    whole = training.train(asked(model))
+    half = training.train(asked(model), half=True)
+    assert half.path == whole.path and half.record["half"] and half.digest != whole.digest
+
+
 def test_half_precision_is_what_is_digested(model: Model, tmp_path: Path) -> None:
     whole = training.train(asked(model))
     half = training.train(asked(model), out=tmp_path / "half", half=True)
@@ -160,7 +203,8 @@ def test_half_precision_is_what_is_digested(model: Model, tmp_path: Path) -> Non
 def test_python_explains_with_a_fit_or_says_how_to_make_one(model: Model) -> None:
     images = torch.rand(2, 3, 96, 96)
     with pytest.raises(
-        RequestError, match="`faithmap train toy-fitted --model shapes/resnet --dataset DATASET`"
+        RequestError,
+        match=r"`faithmap train toy-fitted --model shapes/resnet --dataset DATASET --plugin toy_fitted\.py`",
     ):
         faithmap.explain(model, images, explainer="toy-fitted")
     made = training.train(asked(model))
@@ -171,12 +215,22 @@ def test_python_explains_with_a_fit_or_says_how_to_make_one(model: Model) -> Non
 
 
 def test_advice_names_changed_parameters(model: Model) -> None:
-    advice = fitting.advice(toy(), toy().check({"start": 0.5, "power": 3.0}), model)
-    assert "`faithmap train 'toy-fitted[start=0.5]' --model shapes/resnet" in advice
+    params = toy().check({"start": 0.5, "learn": False, "fitted": "fabc"})
+    advice = fitting.advice(toy(), params, model)
+    assert "`faithmap train 'toy-fitted[start=0.5,learn=false]' --model shapes/resnet" in advice
+    assert "--model 'mine' --request FILE.toml" in fitting.advice(
+        toy(), toy().check({}), model, "'mine' --request FILE.toml"
+    )
+    infocam = registry.get("explainer", "infocam")
+    said = fitting.advice(infocam, infocam.check({"statistics": "fitted"}), model)
+    assert "`faithmap train 'infocam[statistics=fitted]' --model shapes/resnet" in said
 
 
 def run_toy(out: Path, **lists: Any) -> Any:
-    config = {"run": {"limit": 4, "own_nulls": [], "null_draws": 1}, "models": [{"name": "shapes/resnet"}]}
+    config = {
+        "run": {"limit": 4, "own_nulls": [], "null_draws": 1},
+        "models": [{"name": lists.get("model", "shapes/resnet")}],
+    }
     explainers = lists.get("explainers", [{"name": "toy-fitted"}, {"name": "gradcam"}])
     return faithmap.run(
         config | {"explainers": explainers, "datasets": [lists.get("dataset", {"name": "shapes"})]},
@@ -208,9 +262,15 @@ def test_the_fit_is_part_of_the_key_of_a_map(model: Model, tmp_path: Path) -> No
     training.train(asked(model))
     first = run_toy(tmp_path / "run").manifest["cells"]
     second = training.train(asked(model, seed=1))
-    named = [{"name": "toy-fitted", "fitted": second.key}, {"name": "gradcam"}]
-    other = run_toy(tmp_path / "other", explainers=named).manifest["cells"]
-    assert len(set(first) & set(other)) == len(first) - 1
+    assert second.path is not None
+    runs = []
+    for name, text in (("key", second.key), ("begin", second.key[:5]), ("path", str(second.path))):
+        named = [{"name": "toy-fitted", "fitted": text}, {"name": "gradcam"}]
+        runs.append(run_toy(tmp_path / name, explainers=named))
+    others = [set(run.manifest["cells"]) for run in runs]
+    assert others[0] == others[1] == others[2]  # how it is named is no part of it
+    assert len(set(first) & others[0]) == len(first) - 1
+    assert not any(second.path.name in params for params in runs[2].rows()["params"])
 
 
 def test_a_board_says_when_a_method_was_fitted_on_its_images(model: Model, tmp_path: Path) -> None:
@@ -243,7 +303,7 @@ def test_a_board_counts_what_was_noted(tmp_path: Path) -> None:
         assert ("Noted of maps that are scored all the same" in text) == bool(said)
 
 
-class KilledError(Exception):
+class KilledError(BaseException):
     """Stands in for a kill."""
 
 
@@ -395,8 +455,8 @@ def test_unreadable_images_are_left_out_and_counted(model: Model) -> None:
     data = training.TrainingData(
         [*asked(model, 5).samples, unreadable("a.png"), unreadable("b.png")], model, seed=0
     )
-    sizes = [len(labels) for _, labels in data.batches(3, epoch=0)]
-    assert sum(sizes) == 5
+    sizes = [len(labels) for _, labels in data.batches(1, epoch=0)]
+    assert len(sizes) == 7 and sum(sizes) == 5
     assert set(data.unreadable) == {"a.png", "b.png"}
 
 
@@ -440,6 +500,92 @@ def test_the_kit_fits_and_passes() -> None:
     assert not [result for result in results if result.status == "failed"]
     passed = {result.check for result in results if result.status == "passed"}
     assert {"check_fit", "check_resume", "check_maps", "check_batch"} <= passed
+
+
+def test_two_folders_join_with_their_fits(model: Model, tmp_path: Path) -> None:
+    from faithmap.folders import read_runs
+
+    first = training.train(asked(model))
+    vit = load_model("shapes/vit")
+    training.train(asked(vit))
+    run_toy(tmp_path / "resnet")
+    run_toy(tmp_path / "vit", model="shapes/vit")
+    _, merged = read_runs([tmp_path / "resnet", tmp_path / "vit"])
+    assert set(merged["explainers"]["toy-fitted"]["fits"]) == {"shapes/resnet", "shapes/vit"}
+    training.train(asked(model, seed=1))
+    assert first.path is not None
+    first.path.unlink()
+    run_toy(tmp_path / "again")
+    with pytest.raises(RequestError, match="another fit of 'toy-fitted' for model 'shapes/resnet'"):
+        read_runs([tmp_path / "resnet", tmp_path / "again"])
+
+
+def test_a_board_names_the_fit_and_no_folder_of_this_machine(model: Model, tmp_path: Path) -> None:
+    code, said = typed("train", "toy-fitted", "--model", "shapes/resnet",
+                       "--dataset", "shapes[split=train,n=8]")  # fmt: skip
+    assert code == 0, said
+    done = run_toy(tmp_path / "run")
+    fit = fitting.find(toy(), toy().check({}), model)
+    assert fit is not None
+    text = (done.path / "leaderboard.md").read_text()
+    assert (
+        f"- **fit** of `toy-fitted` to `shapes/resnet`: `{fit.key}` (tensors `{fit.digest}`), 8 images"
+        in text
+    )
+    record = done.manifest["explainers"]["toy-fitted"]["fits"]["shapes/resnet"]["record"]
+    assert "command" not in record and "ids" not in record["data"]
+
+
+def test_ctrl_c_stops_with_a_checkpoint(tmp_path: Path, home: Path) -> None:
+    words = ["train", "toy-fitted", "--model", "shapes/resnet", "--dataset", "shapes[split=train,n=12]",
+             "--set", "epochs=40", "--threads", "1"]  # fmt: skip
+    script = SLOW_FIT.format(folder=str(TOY.parent)).replace("every=0.0", "every=1e9")
+    command = [sys.executable, "-u", "-c", script, *words]
+    with subprocess.Popen(command, env=os.environ, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
+        seen = [next(process.stderr), next(process.stderr)]  # the title, and the first step
+        process.send_signal(signal.SIGINT)
+        rest = process.stderr.read()
+    assert process.returncode == 130, (seen, rest)
+    assert "interrupted; run the same command again to go on from here" in rest
+    assert list((home / "fitted" / "toy-fitted").glob("*.checkpoint"))
+    again = subprocess.run(command, env=os.environ, capture_output=True, text=True, timeout=240)
+    assert again.returncode == 0 and "of them done before" in again.stderr, again.stderr
+
+
+def test_a_fit_goes_on_past_images_that_cannot_be_read(model: Model, tmp_path: Path) -> None:
+    from dataclasses import replace
+
+    samples = (*asked(model, 3).samples, unreadable("a.png"), *asked(model, 6).samples[3:])
+    request = replace(asked(model, options={"batch_size": 1, "epochs": 2}), samples=samples)
+    whole = training.train(request, out=tmp_path / "whole")
+    with pytest.raises(KilledError):
+        training.train(request, KillAt(11), out=tmp_path / "killed", every=0.0)
+    assert training.train(request, out=tmp_path / "killed").digest == whole.digest
+    assert whole.record["data"]["images"] == 6 and whole.record["data"]["unreadable"] == 1
+
+
+def test_what_goes_wrong_in_a_fit_is_a_sentence(model: Model) -> None:
+    with pytest.raises(FaithmapError, match="the fit of 'toy-fitted' failed: ZeroDivisionError"):
+        training.train(asked(model, options={"batch_size": 0}))
+
+
+class Deaf:
+    """A method that keeps checkpoints and never looks at them."""
+
+    def fit(self, model: Model, data: Any, session: Any) -> dict[str, torch.Tensor]:
+        """Counts."""
+        for step in range(1, 7):
+            session.report(step, 6, {"loss": 1 / step})
+            session.checkpoint({"step": step}.copy)
+        return {"value": torch.ones(())}
+
+    def load(self, model: Model, tensors: dict[str, torch.Tensor]) -> None:
+        """Nothing to keep."""
+
+    def __call__(self, model: Model, batch: Any) -> torch.Tensor:
+        """Brightness."""
+        return batch.images.mean(1)
 
 
 class Forgetful:
@@ -502,6 +648,7 @@ STREAM = torch.Generator()
     ("method", "check", "words"),
     [
         (Forgetful, "check_resume", "the same curve"),
+        (Deaf, "check_resume", "begins at its first step again"),
         (Restless, "check_fit", "after the fit, weights"),
         (Random, "check_fit", "two fits with the same seed differ"),
     ],

@@ -32,9 +32,11 @@ class _Stopper:
 
     def __init__(self, at: int) -> None:
         self._at = at
+        self.done = 0
 
     def begin(self, title: str, steps: int, done: int) -> None:
-        """Nothing is shown."""
+        """Keep how many steps were done before."""
+        self.done = done
 
     def step(self, step: int, values: Mapping[str, float]) -> None:
         """Stop, where the time has come."""
@@ -53,7 +55,8 @@ def check_fit_facts(plugin: Plugin) -> None:
     """
     if not plugin.fits:
         return
-    if not callable(getattr(plugin.target, "load", None)) or "__call__" not in vars(plugin.target):
+    calls = any("__call__" in vars(base) for base in getattr(plugin.target, "__mro__", ()))
+    if not callable(getattr(plugin.target, "load", None)) or not calls:
         raise fail(
             "the class has a fit but no load or no __call__",
             "fit(model, data, session, *, options), load(model, tensors) and __call__(model, batch)",
@@ -116,8 +119,15 @@ def check_resume(trial: Trial) -> None:
                 "session.checkpoint(make_state) after each step",
                 "Offer the state after every step; the session writes it when it is time.",
             )
-        second = Session(file=file, every=torch.inf)
+        watcher = _Stopper(0)
+        second = Session(file=file, every=torch.inf, watcher=watcher)
         resumed = _fit(trial, trial.fresh(), second)
+    if not watcher.done:
+        raise fail(
+            f"a fit stopped in step {at} begins at its first step again",
+            "it to go on from its checkpoint",
+            "Ask session.resume() for the state, and go on behind its step.",
+        )
     gap = _curve_gap(whole.curve, second.curve)
     if gap > RESUMED or _apart(undisturbed, resumed) > ROUNDING:
         raise fail(

@@ -93,6 +93,14 @@ def print_summary(path: Path, console: Console) -> None:
             )  # fmt: skip
 
 
+def unfitted(path: Path) -> list[str]:
+    """What is not fitted yet, with the command that does it: a line for each method and model."""
+    rows, _ = read_run(path)
+    wanting = rows[(rows["status"] == "skipped") & rows["reason"].str.startswith("not fitted", na=False)]
+    found = wanting.drop_duplicates(["model", "explainer", "reason"])
+    return [f"{line.explainer} on {line.model}: {line.reason}" for line in found.itertuples()]
+
+
 def print_failures(path: Path, console: Console) -> int:
     """List what failed with its reasons; 1 where anything did."""
     rows, _ = read_run(path)

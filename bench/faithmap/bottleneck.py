@@ -168,8 +168,10 @@ def gather_statistics(
         done = int(state["done"])
     steps = data.steps(batch_size)
     for images, _ in data.batches(batch_size, 0, shuffle=False, start=done):
-        gathering.update(images)
         done += 1
+        if not len(images):  # none of them could be read
+            continue
+        gathering.update(images)
         session.report(done, steps, {"images": gathering.count})
         kept = {**gathering.state(), "done": done}
         session.checkpoint(kept.copy)

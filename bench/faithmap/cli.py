@@ -33,6 +33,7 @@ if not OUT.is_terminal:
 Plugins = Annotated[
     list[Path] | None, typer.Option("--plugin", help="A file that registers explainers, metrics or datasets.")
 ]
+INTERRUPTED, GO_ON = 130, "interrupted; run the same command again to go on from here"
 Comma = "Comma list; parameters in brackets: name[key=value]."
 
 
@@ -50,9 +51,9 @@ def main(arguments: Sequence[str]) -> int:
     except FaithmapError as error:
         return _say(error, 1)
     except KeyboardInterrupt:
-        return _say("interrupted; run the same command again to go on from here", 130)
+        return _say(GO_ON, INTERRUPTED)
     except typer.Exit as stop:
-        return int(stop.exit_code)
+        code = stop.exit_code
     except typer.Abort:
         return 130
     except Exception as error:
@@ -60,6 +61,8 @@ def main(arguments: Sequence[str]) -> int:
         if shown is None:
             raise
         return _say(shown(), 2)
+    if code == INTERRUPTED:  # typer makes an exit of the interrupt
+        return _say(GO_ON, code)
     return int(code or 0)
 
 

@@ -35,7 +35,7 @@ _DIRECTIONS: dict[str, Direction] = {
     "increase": "higher", "win": "higher", "win_share": "higher", "area": "none",
     "energy_pg": "higher", "energy_pg_corrected": "higher", "beats_swapped": "higher",
     "beats_rolled": "higher", "ms_per_image": "lower", "forwards": "lower", "backwards": "lower",
-    "peak_mb": "lower",
+    "peak_mb": "lower", "fit_images": "none", "fit_seconds": "lower", "params_added": "none",
 }  # fmt: skip
 _COST = {"forwards", "backwards", "peak_mb", *FIT_COSTS}
 _FILLS = {"black", "mean", "blur", "noisy-linear"}

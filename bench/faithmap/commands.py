@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -52,7 +53,7 @@ def run(
     save_maps: bool,
 ) -> int:
     """Run, print the summary, and return 1 where anything failed."""
-    from faithmap import progress, runner
+    from faithmap import boards, progress, runner
     from faithmap.boards import print_failures, print_summary
 
     started = time.monotonic()
@@ -61,6 +62,8 @@ def run(
     )
     print_summary(done.path, console)
     console.print(f"done in {progress.clock(time.monotonic() - started)}", highlight=False)
+    for line in boards.unfitted(done.path):
+        errors.print(line, markup=False, highlight=False, soft_wrap=True)
     for file in done.written:
         console.print(f"wrote {file}", markup=False, highlight=False, soft_wrap=True)
     return print_failures(done.path, errors)
@@ -102,7 +105,7 @@ def training(
     import torch
 
     from faithmap.config import RunSettings, parse_option
-    from faithmap.data import check_labels, choose, load_dataset
+    from faithmap.data import choose, load_dataset
     from faithmap.explaining import undefined
     from faithmap.plan import load_named
     from faithmap.registry import get
@@ -125,7 +128,6 @@ def training(
         raise RequestError(f"explainer '{plugin.name}': {reason}")
     images = load_dataset(_of_request(request, "datasets", dataset))
     samples = choose(images.samples, settings.part, settings.limit)
-    check_labels(images, samples, network)
     network.to(resolve_device(settings.device)).eval()
     return Training(
         plugin, params, network, images, samples, checked, settings.part, settings.limit, settings.seed,
@@ -153,6 +155,7 @@ def train(
     """Fit, and say where the fit lies and how it is used."""
     from faithmap import progress
     from faithmap import training as fits
+    from faithmap.fitting import spec_text
 
     started = time.monotonic()
     made = fits.train(asked, progress.watcher(errors), out=out, half=half, fresh=fresh)
@@ -165,7 +168,9 @@ def train(
     ]
     if record["data"]["unreadable"]:
         said.append(f"{record['data']['unreadable']} images could not be read and were left out")
-    said += [f"wrote {made.path}", f"fit {made.key}: `faithmap run` finds it by itself"]
+    params = {**asked.params, "fitted": str(made.path)} if out else asked.params
+    spec = shlex.quote(spec_text(asked.plugin, params))
+    said += [f"wrote {made.path}", f"fit {made.key}: `faithmap run --explainers {spec}` takes it"]
     for line in said:
         console.print(line, markup=False, highlight=False, soft_wrap=True)
     return 0

@@ -16,7 +16,7 @@ from faithmap.errors import PluginError, RequestError
 from faithmap.fitting import Fit
 from faithmap.models import Model
 from faithmap.records import Status, canonical_json
-from faithmap.registry import Plugin
+from faithmap.registry import FITTED, Plugin
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,9 @@ def bind(
         fit: what an explainer that must be fitted has learnt of the model that it will be called with.
     """
     inner: Any = plugin.make({**params, **(files or {})})
-    key = canonical_json([plugin.name, params])
+    # How a fit is named is no part of the seeds.
+    seeding = {name: value for name, value in params.items() if not (plugin.fits and name == FITTED)}
+    key = canonical_json([plugin.name, seeding])
     if fit is not None:
         inner = _Loading(inner, fit)
 

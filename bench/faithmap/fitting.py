@@ -20,6 +20,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -61,10 +62,17 @@ class Fit:
         return str(self.record["key"])
 
     def tensors(self) -> dict[str, Tensor]:
-        """Everything that was learnt, float32, on the CPU."""
+        """Everything that was learnt, float32, on the CPU.
+
+        Raises:
+            FaithmapError: the file is damaged, or no longer the one that was found.
+        """
         if self.path is None:
             return dict(self.held)
-        return _read(self.path)[1]
+        tensors = _read(self.path)[1]
+        if tensors_digest(tensors) != self.digest:
+            raise FaithmapError(f"{self.path} has changed since this run began; run again")
+        return tensors
 
 
 def home() -> Path:
@@ -85,8 +93,21 @@ def folders(explainer: str) -> list[Path]:
 
 
 def wants_fit(plugin: Plugin, params: Mapping[str, Any]) -> bool:
-    """Whether an explainer with these parameters must be fitted before it explains."""
-    return plugin.fits and bool(getattr(plugin.make(params), "wants_fit", True))
+    """Whether an explainer with these parameters must be fitted before it explains.
+
+    Raises:
+        RequestError: it does not take the parameters.
+    """
+    if not plugin.fits:
+        return False
+    try:
+        return bool(getattr(plugin.make(params), "wants_fit", True))
+    except FaithmapError:
+        raise
+    except Exception as error:
+        raise RequestError(
+            f"explainer '{plugin.name}' does not take these parameters: {type(error).__name__}: {error}"
+        ) from error
 
 
 def fit_params(plugin: Plugin, params: Mapping[str, Any]) -> dict[str, Any]:
@@ -96,10 +117,14 @@ def fit_params(plugin: Plugin, params: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def served_key(plugin: Plugin, params: Mapping[str, Any], model: Model) -> str:
-    """The key of what a fit serves: explainer, version, the model's weights and input, parameters."""
+    """The key of what a fit serves: explainer, version, the model's weights, input and layer, parameters."""
+    try:
+        place: tuple[Any, ...] = (model.target_layer, model.grid, model.family)
+    except RequestError:  # no spatial features
+        place = (model.family,)
     return digest(
         plugin.name, plugin.facts.version, model.weights_digest(), model.mean.flatten().tolist(),
-        model.std.flatten().tolist(), model.input_size, fit_params(plugin, params), length=12,
+        model.std.flatten().tolist(), model.input_size, place, fit_params(plugin, params), length=12,
     )  # fmt: skip
 
 
@@ -115,42 +140,60 @@ def find(plugin: Plugin, params: Mapping[str, Any], model: Model) -> Fit | None:
     choice = str(params.get(FITTED, AUTO))
     if choice.endswith(SUFFIX):
         return _named(plugin, Path(choice), served, model)
-    found = known(plugin.name, served)
+    files = known(plugin.name, served)
     if choice != AUTO:
-        found = [fit for fit in found if fit.key.startswith(choice)]
-        if not found:
+        chosen = [file for file in files if _key_in(file).startswith(choice)]
+        if not chosen:
+            there = _told([read(file) for file in files])
             raise RequestError(
                 f"explainer '{plugin.name}': no fit for model '{model.name}' has a key that begins with "
-                f"'{choice}'; {_told(known(plugin.name, served))}"
+                f"'{choice}'; {there}"
             )
-    if len(found) > 1:
+        files = chosen
+    if len(files) > 1:
+        spec = spec_text(plugin, {**params, FITTED: _key_in(files[0])})
         raise RequestError(
-            f"explainer '{plugin.name}' has {len(found)} fits for model '{model.name}'; {_told(found)}; name "
-            f"one by the beginning of its key: {plugin.name}[{FITTED}={found[0].key}]"
+            f"explainer '{plugin.name}' has {len(files)} fits for model '{model.name}'; "
+            f"{_told([read(file) for file in files])}; name one by the beginning of its key, {spec}, or "
+            "delete the files that you do not want"
         )
-    return found[0] if found else None
+    return read(files[0]) if files else None
 
 
-def known(explainer: str, served: str) -> list[Fit]:
-    """All fits that serve a key; a fit that lies in both folders counts once."""
+def known(explainer: str, served: str) -> list[Path]:
+    """The files of all fits that serve a key; one that lies in both folders counts once."""
     files = [file for folder in folders(explainer) for file in sorted(folder.glob(f"{served}-*{SUFFIX}"))]
-    return [read(file) for file in {file.name: file for file in reversed(files)}.values()]
+    return list({file.name: file for file in reversed(files)}.values())
 
 
-def advice(plugin: Plugin, params: Mapping[str, Any], model: Model) -> str:
-    """One sentence: there is no fit, and the command that makes one."""
-    defaults = plugin.check({})
-    changed = {k: v for k, v in fit_params(plugin, params).items() if v != defaults[k]}
-    settings = f"[{','.join(f'{k}={v}' for k, v in changed.items())}]" if changed else ""
-    spec = f"{plugin.name}{settings}"
+def _key_in(file: Path) -> str:
+    """The key that a fit's file is named after."""
+    return file.stem.partition("-")[2]
+
+
+def advice(plugin: Plugin, params: Mapping[str, Any], model: Model, named: str = "") -> str:
+    """One sentence: there is no fit, and the command that makes one.
+
+    Args:
+        plugin: the explainer.
+        params: its parameters.
+        model: the model.
+        named: how the command names the model; by default by its name.
+    """
+    spec = spec_text(plugin, {key: value for key, value in params.items() if key != FITTED})
+    file = "" if plugin.built_in or plugin.file is None else f" --plugin {plugin.file.name}"
     return (
-        f"not fitted for this model; `faithmap train {_quoted(spec)} --model {_quoted(model.name)} "
-        "--dataset DATASET` does it"
+        f"not fitted for this model; `faithmap train {shlex.quote(spec)} "
+        f"--model {named or shlex.quote(model.name)} --dataset DATASET{file}` does it"
     )
 
 
-def _quoted(text: str) -> str:
-    return f"'{text}'" if set(text) & set("[]$;& ") else text
+def spec_text(plugin: Plugin, params: Mapping[str, Any]) -> str:
+    """An explainer as the command line names it: what differs from its defaults stands in brackets."""
+    defaults = plugin.parameters
+    changed = {key: value for key, value in params.items() if value != defaults.get(key)}
+    written = [f"{key}={v if isinstance(v, str) else json.dumps(v)}" for key, v in changed.items()]
+    return f"{plugin.name}[{','.join(written)}]" if written else plugin.name
 
 
 def _named(plugin: Plugin, file: Path, served: str, model: Model) -> Fit:
@@ -176,8 +219,11 @@ def _told(fits: Sequence[Fit]) -> str:
     for fit in fits:
         data, options = fit.record.get("data", {}), fit.record.get("options", {})
         told = ", ".join(f"{key} {value}" for key, value in options.items())
-        lines.append(f"{fit.key} ({data.get('images')} images of {data.get('dataset')}; {told})")
-    return "there are " + " and ".join(lines)
+        lines.append(
+            f"{fit.key} ({data.get('images')} images of {data.get('dataset')}, {told}, seed "
+            f"{fit.record.get('seed')}, made {fit.record.get('created')}: {fit.path})"
+        )
+    return ("there is " if len(lines) == 1 else "there are ") + " and ".join(lines)
 
 
 def file_name(served: str, key: str) -> str:
@@ -207,14 +253,18 @@ def write(file: Path, tensors: Mapping[str, Tensor], record: Mapping[str, Any], 
         file: the file, which is replaced.
         tensors: what was learnt.
         record: how; plain values.
-        half: store in half precision, for files that ship.
+        half: store in half precision what fits in it, for files that ship.
     """
     import torch
     from safetensors.torch import save
 
-    dtype = torch.float16 if half else torch.float32
-    kept = {name: tensor.detach().to("cpu", dtype).contiguous() for name, tensor in tensors.items()}
-    write_bytes(file, save(kept, metadata={RECORD: json.dumps(dict(record), ensure_ascii=False)}))
+    kept = {name: tensor.detach().to("cpu", torch.float32).contiguous() for name, tensor in tensors.items()}
+    if half:
+        # Counters stay whole, and what would overflow stays finite.
+        halves = {name: tensor.half() for name, tensor in kept.items() if tensor.ndim}
+        kept |= {name: tensor for name, tensor in halves.items() if bool(torch.isfinite(tensor).all())}
+    entry = {RECORD: json.dumps({**record, "half": half}, ensure_ascii=False)}
+    write_bytes(file, save(kept, metadata=entry))
     return read(file)
 
 

@@ -70,6 +70,10 @@ def read_runs(paths: Sequence[str | Path]) -> tuple[pd.DataFrame, dict[str, Any]
         _refuse_mixture(first, other, path)
         for key in ("models", "datasets", "explainers"):
             merged[key] = {**merged[key], **{k: v for k, v in other[key].items() if k not in merged[key]}}
+        merged["explainers"] = {
+            label: _with_fits(label, entry, other["explainers"].get(label, {}), path)
+            for label, entry in merged["explainers"].items()
+        }
         specs = [entry["spec"] for entry in merged["metrics"]]
         merged["metrics"] = merged["metrics"] + [m for m in other["metrics"] if m["spec"] not in specs]
         merged["request"] = {
@@ -83,6 +87,21 @@ def read_runs(paths: Sequence[str | Path]) -> tuple[pd.DataFrame, dict[str, Any]
     return rows.drop_duplicates(KEY_COLUMNS).sort_values(
         KEY_COLUMNS, kind="stable", ignore_index=True
     ), merged
+
+
+def _with_fits(
+    label: str, entry: Mapping[str, Any], other: Mapping[str, Any], path: str | Path
+) -> dict[str, Any]:
+    """An explainer's entry with the fits of both folders."""
+    one, two = entry.get("fits", {}), other.get("fits", {})
+    for model in set(one) & set(two):
+        if one[model]["digest"] != two[model]["digest"]:
+            raise RequestError(
+                f"{path} was run with another fit of '{label}' for model '{model}' than the first folder "
+                f"({two[model]['key']} and {one[model]['key']}); give them labels of their own, or write a "
+                "board for each"
+            )
+    return {**entry, "fits": {**two, **one}} if one or two else dict(entry)
 
 
 def _refuse_mixture(first: Mapping[str, Any], other: Mapping[str, Any], path: str | Path) -> None:

@@ -58,6 +58,7 @@ def _plugin(plugin: registry.Plugin) -> dict[str, Any]:
             "role": facts.role,
             "families": sorted(facts.families) or ["cnn", "vit"],
             "class_specific": facts.class_specific,
+            "fit_options": plugin.fit_options,
             "needs": sorted(facts.needs),
             "exact_cost": facts.exact_cost,
             "iterative": facts.iterative,

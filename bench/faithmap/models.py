@@ -119,7 +119,7 @@ class Model(nn.Module):
         self._reshape = reshape
         self._family = family
         self._anatomy: Anatomy | None = None
-        self._digest = ""
+        self._digest = self._weights_digest = ""
         self.eval()
 
     def forward(self, images: Tensor) -> Tensor:
@@ -241,7 +241,9 @@ class Model(nn.Module):
         Unlike `digest` it does not depend on how a library prints its modules, and so outlives
         that library's releases.
         """
-        return str(self._weights().hexdigest())[:16]
+        if not self._weights_digest:
+            self._weights_digest = str(self._weights().hexdigest())[:16]
+        return self._weights_digest
 
     def _weights(self) -> Any:
         state = hashlib.sha256()

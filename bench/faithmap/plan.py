@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import json
+import shlex
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -13,13 +15,13 @@ import torch
 from faithmap.batch import Batch, Maps
 from faithmap.config import Config, located, located_files
 from faithmap.data import LoadedDataset, choose, load_dataset
-from faithmap.errors import RequestError
+from faithmap.errors import FaithmapError, RequestError
 from faithmap.explaining import bind, lacking, undefined
 from faithmap.fitting import Fit, advice, find, wants_fit
 from faithmap.models import Model, load_model
 from faithmap.perturb import make_fill
 from faithmap.records import REFERENCE_NULL, Cell, Sample, Spec, canonical_json, digest
-from faithmap.registry import Plugin, get, plugins
+from faithmap.registry import FITTED, Plugin, get, plugins
 from faithmap.scoring import Heading, MetricUse, use_metric
 
 
@@ -34,19 +36,20 @@ class ExplainerUse:
     #: Parameters that name a file, with the place where it was found.
     files: Mapping[str, str] = field(default_factory=dict)
     #: What an explainer that must be fitted has learnt, by the model's name; None where it has not.
-    fits: Mapping[str, Fit | None] = field(default_factory=dict)
+    fits: Mapping[str, Fit] = field(default_factory=dict)
+    #: Why it has no fit for a model that it must be fitted to, by the model's name.
+    unfitted: Mapping[str, str] = field(default_factory=dict)
 
     def skip(self, model: Model, gives: frozenset[str]) -> str:
         """Why it does not explain a model here; empty where it does."""
-        reason = undefined(self.plugin, model, gives)
-        if not reason and model.name in self.fits and self.fits[model.name] is None:
-            reason = advice(self.plugin, self.params, model)
-        return reason
+        return undefined(self.plugin, model, gives) or self.unfitted.get(model.name, "")
 
     def files_key(self) -> dict[str, str]:
         """SHA-256 of each file: its content is part of what the maps depend on, its place is not."""
         return {
-            key: hashlib.sha256(Path(place).read_bytes()).hexdigest() for key, place in self.files.items()
+            key: hashlib.sha256(Path(place).read_bytes()).hexdigest()
+            for key, place in self.files.items()
+            if key != FITTED  # what a fit has learnt counts, not the file
         }
 
 
@@ -99,19 +102,48 @@ def make_grid(config: Config, models: Sequence[Model] = ()) -> Grid:
     for name in names:
         if names.count(name) > 1:
             raise RequestError(f"two models are named '{name}'; give one another name")
-    fitted = tuple(replace(use, fits=_fits(use, loaded)) for use in explainers)
+    specs = {spec.title: spec for spec in config.models}
+    fitted = tuple(_with_fits(use, loaded, specs) for use in explainers)
     return Grid(config, loaded, tuple(datasets), fitted, metrics)
 
 
-def _fits(use: ExplainerUse, models: Sequence[Model]) -> dict[str, Fit | None]:
-    """The fit of an explainer for each model that it is defined for, where it must be fitted."""
+def _with_fits(use: ExplainerUse, models: Sequence[Model], specs: Mapping[str, Spec]) -> ExplainerUse:
+    """An explainer with its fit for each model that it is defined for, where it must be fitted."""
     if not wants_fit(use.plugin, use.params):
-        return {}
-    return {
-        model.name: find(use.plugin, {**use.params, **use.files}, model)
-        for model in models
-        if not undefined(use.plugin, model, use.plugin.facts.needs)
-    }
+        return use
+    fits: dict[str, Fit] = {}
+    unfitted: dict[str, str] = {}
+    for model in models:
+        if undefined(use.plugin, model, use.plugin.facts.needs):
+            continue
+        try:
+            found = find(use.plugin, {**use.params, **use.files}, model)
+            if found is not None:
+                # A fit that does not serve the model is found out before anything is computed.
+                use.plugin.make(use.params).load(model, found.tensors())  # type: ignore[attr-defined]
+        except RequestError:
+            raise
+        except FaithmapError as error:
+            unfitted[model.name] = str(error)
+            continue
+        if found is None:
+            unfitted[model.name] = advice(use.plugin, use.params, model, _named(specs.get(model.name)))
+        else:
+            fits[model.name] = found
+    params = dict(use.params)
+    if FITTED in use.files and fits:  # the path of a machine has no place in rows
+        params[FITTED] = next(iter(fits.values())).key
+    return replace(use, params=params, fits=fits, unfitted=unfitted)
+
+
+def _named(spec: Spec | None) -> str:
+    """How `faithmap train` names a model of the request; empty where its name is enough."""
+    if spec is None or not (spec.params or spec.label):
+        return ""
+    if spec.base is not None:
+        return f"{shlex.quote(spec.title)} --request FILE.toml"
+    written = [f"{key}={v if isinstance(v, str) else json.dumps(v)}" for key, v in spec.params.items()]
+    return shlex.quote(f"{spec.name}[{','.join(written)}]")
 
 
 def load_named(spec: Spec) -> Model:
@@ -197,11 +229,13 @@ def _task(
     # A draw of a null is a parameter of its plugin; a moved map is made by the core.
     call_params = use.params if null else params
     shape = map_grid(grid.config, model)
-    content: list[Any] = [use.files_key()] if use.files else []
+    files = use.files_key()
+    content: list[Any] = [files] if files else []
     fit = use.fits.get(model.name)
     content += [{"fit": fit.digest}] if fit is not None else []
+    keyed = {name: value for name, value in params.items() if not (use.plugin.fits and name == FITTED)}
     key = digest(
-        model.digest(), dataset.key, run.target, use.plugin.name, use.plugin.facts.version, params,
+        model.digest(), dataset.key, run.target, use.plugin.name, use.plugin.facts.version, keyed,
         use.plugin.file_sha256(), run.seed, run.precision, run.map_grid, shape, *content, length=20,
     )  # fmt: skip
     cell = Cell(

@@ -16,6 +16,7 @@ from faithmap.data import LoadedDataset
 from faithmap.fitting import Fit
 from faithmap.models import Model
 from faithmap.plan import ExplainerUse, Grid
+from faithmap.records import digest
 from faithmap.scoring import MetricUse
 
 LIBRARIES = (
@@ -105,7 +106,7 @@ def describe_dataset(dataset: LoadedDataset, images: int) -> dict[str, Any]:
 def describe_explainer(use: ExplainerUse, grid: Grid) -> dict[str, Any]:
     """An explainer's entry in the manifest."""
     facts = use.plugin.facts
-    fits = {name: describe_fit(fit, grid) for name, fit in use.fits.items() if fit is not None}
+    fits = {name: describe_fit(fit, grid) for name, fit in use.fits.items()}
     entry = {
         "name": use.plugin.name,
         "params": use.params,
@@ -121,13 +122,17 @@ def describe_explainer(use: ExplainerUse, grid: Grid) -> dict[str, Any]:
 
 def describe_fit(fit: Fit, grid: Grid) -> dict[str, Any]:
     """What an explainer has learnt of a model, in the manifest; `scored_too` names datasets of both."""
-    record, part = fit.record, grid.config.run.part
-    data = record.get("data", {})
+    record = fit.record
+    data = dict(record.get("data", {}))
+    seen = set(data.pop("ids", ()))
     shared = [
         dataset.label
-        for dataset, _ in grid.datasets
-        if dataset.key == data.get("key") and (part == data.get("part") or "all" in (part, data.get("part")))
+        for dataset, chosen in grid.datasets
+        if (dataset.plugin.name, dataset.revision) == (data.get("plugin"), data.get("revision"))
+        and any(digest(sample.id, length=10) in seen for sample in chosen)
     ]
+    # The command may name folders of the machine that fitted it.
+    kept = {key: value for key, value in record.items() if key not in ("command", "data")}
     return {
         "key": fit.key,
         "digest": fit.digest,
@@ -135,7 +140,7 @@ def describe_fit(fit: Fit, grid: Grid) -> dict[str, Any]:
         "fit_seconds": record.get("seconds", 0.0),
         "params_added": record.get("params_added", 0),
         "scored_too": shared,
-        "record": dict(record),
+        "record": {**kept, "data": data},
     }
 
 

@@ -76,6 +76,14 @@ class Plugin:
         return inspect.getdoc(self.target) or ""
 
     @property
+    def fit_options(self) -> dict[str, Any]:
+        """The options of its fit with their defaults; none where it is not fitted."""
+        if not self.fits:
+            return {}
+        options = keyword_only(self.target.fit)  # type: ignore[attr-defined]
+        return options
+
+    @property
     def summary(self) -> str:
         """The first sentence of the docstring."""
         return " ".join(self.documentation.split("\n\n")[0].split())
@@ -103,7 +111,7 @@ class Plugin:
                     else f"{kind} '{self.name}' takes no parameters, but '{key}' was given"
                 )
             check_type(f"{kind} '{self.name}', parameter '{key}'", value, known[key])
-        resolved = {**known, **given}
+        resolved = with_defaults(known, given)
         missing = [key for key, value in resolved.items() if value is inspect.Parameter.empty]
         if missing:
             raise RequestError(f"{kind} '{self.name}' needs the parameter '{missing[0]}'; give it a value")
@@ -128,6 +136,15 @@ def keyword_only(function: Callable[..., Any]) -> dict[str, Any]:
         for name, parameter in inspect.signature(function).parameters.items()
         if parameter.kind is inspect.Parameter.KEYWORD_ONLY
     }
+
+
+def with_defaults(known: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """Values over defaults; a whole number given for a float becomes one, so that 4 and 4.0 are one value."""
+    values = {
+        key: float(value) if type(value) is int and type(known.get(key)) is float else value
+        for key, value in given.items()
+    }
+    return {**known, **values}
 
 
 def check_type(where: str, value: Any, default: Any) -> None:

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import csv
 import datetime
+import inspect
 import io
+import signal
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -19,13 +23,14 @@ from torch.utils.data import DataLoader, Dataset
 import faithmap
 from faithmap import fitting
 from faithmap.batch import seed_of
+from faithmap.config import PATH_KEYS
 from faithmap.data import LoadedDataset
 from faithmap.errors import DataError, FaithmapError, RequestError, nearest
-from faithmap.explaining import guarded
+from faithmap.explaining import describe, guarded
 from faithmap.fitting import Fit
 from faithmap.models import Model
 from faithmap.records import Sample, digest
-from faithmap.registry import Plugin, check_type, keyword_only
+from faithmap.registry import Plugin, check_type, with_defaults
 from faithmap.store import write_bytes
 from faithmap.transforms import prepare
 
@@ -90,7 +95,7 @@ class TrainingData:
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """Images (B, 3, H, W) in [0, 1] and labels (B,), -1 where unknown, of one epoch.
 
-        Images that cannot be read are left out of their batch; a batch of none is left out.
+        Images that cannot be read are left out of their batch, which may leave a batch of none.
 
         Args:
             batch_size: images in a batch.
@@ -110,8 +115,7 @@ class TrainingData:
         )
         for images, labels, faults in loader:
             self.unreadable.update(faults)
-            if len(labels):
-                yield images.to(self._device, non_blocking=True), labels.to(self._device)
+            yield images.to(self._device, non_blocking=True), labels.to(self._device)
 
 
 class _Images(Dataset[tuple[Tensor | None, int, str, str]]):
@@ -164,6 +168,8 @@ class Session:
     #: What was reported, a step a line.
     curve: list[dict[str, float]] = field(default_factory=list)
     seconds: float = 0.0
+    #: Set to stop at the next checkpoint that is offered.
+    stopping: bool = False
 
     def __post_init__(self) -> None:
         self._started = self._last = time.monotonic()
@@ -193,13 +199,22 @@ class Session:
         """Offer the state after a step: it is asked for and written when the last one is a minute old.
 
         The state must be enough to go on to the same result: parameters, optimiser, schedule, step.
+
+        Raises:
+            KeyboardInterrupt: the user has asked to stop; the state is written.
         """
-        if self.file is None or time.monotonic() - self._last < self.every:
+        if self.file is None:
+            if self.stopping:
+                raise KeyboardInterrupt
+            return
+        if time.monotonic() - self._last < self.every and not self.stopping:
             return
         buffer = io.BytesIO()
         torch.save({"state": make_state(), "curve": self.curve, "seconds": self.elapsed()}, buffer)
         write_bytes(self.file, buffer.getvalue())
         self._last = time.monotonic()
+        if self.stopping:
+            raise KeyboardInterrupt
 
     def report(self, step: int, steps: int, values: Mapping[str, float]) -> None:
         """Say what a step came to: losses and whatever tells how it goes.
@@ -245,10 +260,11 @@ class Training:
     def key(self) -> str:
         """The key of how the fit comes about."""
         ids = [sample.id for sample in self.samples]
-        return digest(
-            self.served, self.plugin.file_sha256(), self.dataset.key, ids, dict(self.options), self.seed,
-            self.precision, length=12,
+        found = digest(
+            self.served, self.plugin.file_sha256(), self.dataset.key, ids, repr(self.model.transform),
+            dict(self.options), self.seed, self.precision, length=11,
         )  # fmt: skip
+        return f"f{found}"  # a letter first: on the command line it is no number
 
 
 def fit_options(plugin: Plugin, given: Mapping[str, Any]) -> dict[str, Any]:
@@ -259,7 +275,7 @@ def fit_options(plugin: Plugin, given: Mapping[str, Any]) -> dict[str, Any]:
     """
     if not plugin.fits:
         raise RequestError(f"explainer '{plugin.name}' is not fitted: it explains any model as it is")
-    known = keyword_only(plugin.target.fit)  # type: ignore[attr-defined]
+    known = plugin.fit_options
     for key, value in given.items():
         if key not in known:
             raise RequestError(
@@ -267,7 +283,13 @@ def fit_options(plugin: Plugin, given: Mapping[str, Any]) -> dict[str, Any]:
                 + (nearest(key, known) if known else "it has none")
             )
         check_type(f"the fit of '{plugin.name}', option '{key}'", value, known[key])
-    return {**known, **given}
+    options = with_defaults(known, given)
+    missing = [key for key, value in options.items() if value is inspect.Parameter.empty]
+    if missing:
+        raise RequestError(
+            f"the fit of '{plugin.name}' needs the option '{missing[0]}'; give --set {missing[0]}=VALUE"
+        )
+    return options
 
 
 def train(
@@ -299,7 +321,10 @@ def train(
     folder = fitting.home() / "fitted" / request.plugin.name if out is None else out
     file = folder / fitting.file_name(request.served, request.key)
     if file.is_file() and not fresh:
-        return fitting.read(file)
+        made = fitting.read(file)
+        if half and not made.record.get("half"):
+            made = fitting.write(file, made.tensors(), made.record, half)
+        return made
     checkpoint = file.with_suffix(".checkpoint")
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -319,13 +344,33 @@ def train(
             request.seed, request.precision, checkpoint, watcher or Silent(), every,
             title=f"{request.plugin.name} · {request.model.name} · {request.dataset.label}",
         )  # fmt: skip
-        tensors, data = _fit(request, session)
+        with _stoppable(session):
+            tensors, data = _fit(request, session)
         made = fitting.write(file, tensors, _record(request, session, tensors, data), half)
         write_bytes(file.with_suffix(".csv"), curve_csv(session.curve).encode())
         checkpoint.unlink(missing_ok=True)
         return made
     finally:
         lock.release()
+
+
+@contextmanager
+def _stoppable(session: Session) -> Iterator[None]:
+    """Ctrl-C stops at the end of the step, with a checkpoint; a second one at once."""
+
+    def stop(_number: int, _frame: Any) -> None:
+        if session.stopping:
+            raise KeyboardInterrupt
+        session.stopping = True
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGINT, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def fit_in_memory(plugin: Plugin, params: Mapping[str, Any], model: Model, data: Any, **options: Any) -> Fit:
@@ -341,6 +386,10 @@ def _fit(request: Training, session: Session) -> tuple[dict[str, Tensor], Traini
     try:
         with guarded(request.model), torch.enable_grad():
             tensors = explainer.fit(request.model, data, session, **request.options)
+    except FaithmapError:
+        raise
+    except Exception as error:
+        raise FaithmapError(f"the fit of '{request.plugin.name}' failed: {describe(error)}") from error
     finally:
         session.watcher.end()
     if data.unreadable and len(data.unreadable) == len(data):
@@ -381,7 +430,11 @@ def _record(
             "limit": request.limit,
             "images": len(data) - len(data.unreadable),
             "unreadable": len(data.unreadable),
+            "plugin": dataset.plugin.name,
+            "params": {k: v for k, v in dataset.params.items() if k not in PATH_KEYS},
+            "ids": [digest(sample.id, length=10) for sample in request.samples],
         },
+        "transform": repr(request.model.transform),
         "seed": request.seed,
         "precision": request.precision,
         "device": str(request.model.device),

@@ -43,10 +43,12 @@ class ToyFitted:
         state: dict[str, Any] = session.resume() or fresh
         for epoch in range(state["done"] // steps, epochs):
             for images, _ in data.batches(batch_size, epoch, start=state["done"] - epoch * steps):
+                state["done"] += 1
+                if not len(images):
+                    continue
                 gap = state["colour"].to(images.device) - images.mean((0, 2, 3))
                 state["momentum"] = 0.5 * state["momentum"] + gap.cpu()
                 state["colour"] = state["colour"] - rate * state["momentum"]
-                state["done"] += 1
                 session.report(state["done"], epochs * steps, {"loss": float(gap.square().sum())})
                 session.checkpoint(state.copy)
         return {"colour": state["colour"]}

@@ -142,6 +142,7 @@ def provenance(manifest: Mapping[str, Any]) -> list[str]:
         *(_dataset(name, facts) for name, facts in _chosen(manifest, "datasets")),
         "- **explainers** "
         + ", ".join(_explainer(name, facts) for name, facts in _chosen(manifest, "explainers")),
+        *_fits(manifest),
         "- **metrics** " + ", ".join(_metric(entry) for entry in manifest.get("metrics", ())),
     ]
     if manifest.get("libraries"):
@@ -157,6 +158,25 @@ def _chosen(manifest: Mapping[str, Any], kind: str) -> list[tuple[str, Mapping[s
     known = manifest.get(kind, {})
     names: Sequence[str] = manifest["request"][kind]
     return [(name, known.get(name, {})) for name in names]
+
+
+def _fits(manifest: Mapping[str, Any]) -> list[str]:
+    """What fitted explainers have learnt from: a line a fit."""
+    lines = []
+    for name, facts in _chosen(manifest, "explainers"):
+        for model, fit in sorted(facts.get("fits", {}).items()):
+            record = fit.get("record", {})
+            data, options = record.get("data", {}), record.get("options", {})
+            given = {**data.get("params", {}), "part": data.get("part"), "limit": data.get("limit")}
+            settings = {**given, **options}.items()
+            told = ", ".join(f"{key} {_shown(value)}" for key, value in settings if value is not None)
+            lines.append(
+                f"- **fit** of `{plain(name)}` to `{plain(model)}`: `{fit['key']}` (tensors "
+                f"`{fit['digest']}`), {fit['fit_images']} images of `{plain(str(data.get('dataset')))}`, "
+                f"{told}, seed {record.get('seed')}, {record.get('precision')}, "
+                f"{fit['fit_seconds']:.0f} s on {record.get('device')}"
+            )
+    return lines
 
 
 def _commit(manifest: Mapping[str, Any]) -> str:
