@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -104,6 +105,15 @@ def some_batch(model: Model, count: int = 3) -> Batch:
     """Seeded images of any model, of the classes 0, 1, ..."""
     images = torch.rand(count, 3, *model.input_size, generator=torch.Generator().manual_seed(5))
     return Batch(images, torch.arange(count), tuple("abcdef"[:count]), Context(model, images))
+
+
+@pytest.fixture(autouse=True)
+def _threads_restored() -> Iterator[None]:
+    """What a run sets for itself must not slow down the tests behind it."""
+    before = torch.get_num_threads()
+    yield
+    if torch.get_num_threads() != before:
+        torch.set_num_threads(before)
 
 
 @pytest.fixture

@@ -441,7 +441,7 @@ def _record(
         "threads": torch.get_num_threads(),
         "steps": len(session.curve),
         "last": session.curve[-1] if session.curve else {},
-        "seconds": round(session.elapsed(), 1),
+        "seconds": round(session.elapsed(), 3),
         "params_added": sum(
             value.numel() for name, value in tensors.items() if not name.endswith(fitting.BUFFERS)
         ),

@@ -1,0 +1,62 @@
+"""An explainer that must be fitted, registered for a test, and requests to fit it."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from faithmap import cli, registry, training
+from faithmap.data import choose, load_dataset
+from faithmap.models import Model
+from faithmap.records import Spec
+
+TOY = Path(__file__).parent / "plugins" / "toy_fitted.py"
+#: What the file registers; it is imported once.
+_ENTRIES: dict[Any, registry.Plugin] = {}
+
+
+@contextmanager
+def toy_registered() -> Iterator[None]:
+    """The toy, and what a test registers besides, are known within the block."""
+    for kind in registry.KINDS:
+        registry.plugins(kind)
+    before = dict(registry._plugins)
+    if not _ENTRIES:
+        registry.load_file(TOY)
+        _ENTRIES.update({key: found for key, found in registry._plugins.items() if key not in before})
+    registry._plugins.update(_ENTRIES)
+    try:
+        yield
+    finally:
+        registry._plugins.clear()
+        registry._plugins.update(before)
+
+
+def toy() -> registry.Plugin:
+    return registry.get("explainer", "toy-fitted")
+
+
+def asked(model: Model, n: int = 12, **changes: Any) -> training.Training:
+    """A request to fit the toy to some shapes."""
+    params = toy().check(changes.pop("params", {}))
+    options = training.fit_options(toy(), changes.pop("options", {}))
+    dataset = load_dataset(Spec("shapes", {"split": "train", "n": n}))
+    samples = choose(dataset.samples, "all", None)
+    return training.Training(toy(), params, model, dataset, samples, options, **changes)
+
+
+def typed(*words: object) -> tuple[int, str]:
+    """Type a command: its exit code and all that it printed."""
+    stream = io.StringIO()
+    console, kept = Console(file=stream, width=240), (cli.OUT, cli.ERR)
+    cli.OUT = cli.ERR = console
+    try:
+        more = ["--threads", "1"] if words[0] == "train" and "--threads" not in words else []
+        return cli.main([*(str(word) for word in words), *more]), stream.getvalue()
+    finally:
+        cli.OUT, cli.ERR = kept
