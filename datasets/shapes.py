@@ -21,6 +21,7 @@ from faithmap import dataset
 from faithmap.errors import RequestError
 from faithmap.outlines import OUTLINES
 from faithmap.records import Sample
+from faithmap.textures import Stream, background, blend, colour, grid, pattern, slivers
 
 if TYPE_CHECKING:
     import torch
@@ -29,7 +30,6 @@ Floats = NDArray[np.float64]
 Masks = NDArray[np.bool_]
 
 CLASSES = ("disc", "square", "triangle", "star", "plus", "ring", "crescent", "hourglass")
-TEXTURES = ("plain", "stripes", "checks", "dots", "clouds", "waves")
 SPLITS = ("train", "val", "test")
 
 #: Share of the frame covered by the object: one object, and each of two.
@@ -39,76 +39,15 @@ AREA_OF_TWO = (0.045, 0.085)
 SCENE, OBJECT, SECOND, PLACES, SLIVERS, NOISE, TAG = range(7)
 
 
-# --- random numbers -----------------------------------------------------------------------------
-
-
-class _Stream:
-    """Uniform numbers of one purpose of one image.
-
-    They are taken from the raw 64-bit words of Philox, whose sequence numpy guarantees, rather than
-    from the methods of a generator, whose sequences it may change.
-    """
-
-    def __init__(self, split: str, seed: int, index: int, purpose: int) -> None:
-        word = (SPLITS.index(split) << 56) | (purpose << 48) | index
-        self._bits = np.random.Philox(key=np.array([seed, word], dtype=np.uint64))
-
-    def many(self, *shape: int) -> Floats:
-        """Numbers in [0, 1) of a shape."""
-        raw = np.asarray(self._bits.random_raw(math.prod(shape)), dtype=np.uint64)
-        numbers: Floats = (raw >> np.uint64(11)).astype(np.float64) * 2.0**-53
-        return numbers.reshape(shape)
-
-    def one(self, low: float = 0.0, high: float = 1.0) -> float:
-        """One number in [low, high)."""
-        return low + (high - low) * float(self.many(1)[0])
-
-    def grain(self, *shape: int) -> Floats:
-        """Noise between -1 and 1 with a triangular density: sums of two 16-bit numbers."""
-        count = math.prod(shape)
-        words = np.asarray(self._bits.random_raw(-(-count // 2)), dtype="<u8").view("<u2")
-        pairs: Floats = words[: 2 * count].astype(np.float64).reshape(-1, 2)
-        noise: Floats = pairs.sum(axis=1) / 65535.0 - 1.0
-        return noise.reshape(shape)
+def _stream(split: str, seed: int, index: int, purpose: int) -> Stream:
+    """The random numbers of one purpose of one image."""
+    return Stream(seed, (SPLITS.index(split) << 56) | (purpose << 48) | index)
 
 
 # --- painting -----------------------------------------------------------------------------------
 
 #: 64 points of a pixel, no two in one row or column: an upright edge is resolved as finely as a slanted one.
 LATTICE = np.stack([np.arange(64), np.arange(64) * 27 % 64]) / 64 + 0.5 / 64 - 0.5
-
-
-@lru_cache(maxsize=8)
-def _grid(size: int) -> tuple[Floats, Floats]:
-    """Pixel centres (x, y), each (size, size)."""
-    y, x = np.mgrid[0:size, 0:size] + 0.5
-    return x, y
-
-
-def _clouds(stream: _Stream, size: int, cells: float, channels: int) -> Floats:
-    """Smooth noise in [0, 1], (size, size, channels), with about `cells` lumps along a side."""
-    knots = math.ceil(cells) + 2
-    values = stream.many(knots, knots, channels)
-    for axis in (0, 1):
-        place = (np.arange(size) + 0.5) / size * cells + stream.one()
-        left = np.floor(place).astype(np.int64)
-        blend = place - left
-        blend = blend * blend * (3 - 2 * blend)
-        blend = blend.reshape((-1, 1, 1) if axis == 0 else (1, -1, 1))
-        near, far = np.take(values, left, axis), np.take(values, left + 1, axis)
-        values = near + (far - near) * blend
-    return values
-
-
-def _colour(hue: float, saturation: float, value: float) -> Floats:
-    """RGB of a hue in turns, a saturation and a value."""
-    ramp = np.abs((hue + np.array([0.0, 2 / 3, 1 / 3])) % 1.0 * 6 - 3) - 1
-    colour: Floats = value * (1 - saturation + saturation * np.clip(ramp, 0, 1))
-    return colour
-
-
-def _blend(low: float, high: float, share: float) -> float:
-    return low + (high - low) * share
 
 
 @dataclass(frozen=True)
@@ -129,7 +68,7 @@ class _Thing:
 
     def coverage(self, size: int) -> tuple[Floats, Floats]:
         """Share of each pixel that the object covers, to 1/64, and the field at the centres."""
-        x, y = _grid(size)
+        x, y = grid(size)
         middle = self.field(x, y)
         share = (middle < 0).astype(np.float64)
         edge = np.abs(middle) < 0.7072
@@ -164,7 +103,7 @@ def _things(split: str, seed: int, index: int, size: int, objects: int) -> tuple
     kinds, reaches = [], []
     low, high = AREA if objects == 1 else AREA_OF_TWO
     for order in range(objects):
-        stream = _Stream(split, seed, index, (OBJECT, SECOND)[order])
+        stream = _stream(split, seed, index, (OBJECT, SECOND)[order])
         angle, share, turn = stream.one(0, 2 * math.pi), stream.one(), stream.one()
         label = index % 8 if order == 0 else (index + 1 + int(7 * turn)) % 8
         area = low * (high / low) ** (share**1.4) * size * size
@@ -174,7 +113,7 @@ def _things(split: str, seed: int, index: int, size: int, objects: int) -> tuple
         reaches.append(reach * scale)
     # Of two objects, take the first places between which a gap is left, else the widest apart.
     best, widest = [], -math.inf
-    for draw in _Stream(split, seed, index, PLACES).many(64, 2, 2):
+    for draw in _stream(split, seed, index, PLACES).many(64, 2, 2):
         spots = [_spot(reach, size, place) for reach, place in zip(reaches, draw, strict=False)]
         boxes = [spot + reach for spot, reach in zip(spots, reaches, strict=True)]
         gap = float(np.maximum(boxes[0][0] - boxes[-1][1], boxes[-1][0] - boxes[0][1]).max())
@@ -188,88 +127,34 @@ def _things(split: str, seed: int, index: int, size: int, objects: int) -> tuple
     )
 
 
-def _background(stream: _Stream, size: int, difficulty: float) -> Floats:
-    """Clouds that run between three colours, with finer lumps of light on top."""
-    hue, spread = stream.one(), stream.one(0.08, 0.35)
-    palette = [_colour(hue + k * spread, stream.one(0.25, 0.75), stream.one(0.25, 0.9)) for k in range(3)]
-    large = np.clip(_clouds(stream, size, 2.6, 2) * 1.8 - 0.4, 0, 1)
-    picture = palette[0] + (palette[1] - palette[0]) * large[..., :1]
-    picture = picture + (palette[2] - picture) * large[..., 1:]
-    lumps = _clouds(stream, size, 7.3, 3) - 0.5 + 0.6 * (_clouds(stream, size, 17.0, 3) - 0.5)
-    return picture + _blend(0.10, 0.30, difficulty) * lumps
-
-
-def _slivers(picture: Floats, stream: _Stream, difficulty: float) -> None:
-    """Paint thin curved slivers that belong to no class."""
-    size = picture.shape[0]
-    unit = size / 96
-    for _ in range(3 + int(8 * difficulty + stream.one())):
-        x, y, angle, hue, saturation, value, length, width, bend = stream.many(9)
-        x, y, half = x * size, y * size, unit * (5 + 9 * length)
-        x0, x1 = max(0, int(x - half - 2)), min(size, int(x + half + 3))
-        y0, y1 = max(0, int(y - half - 2)), min(size, int(y + half + 3))
-        dy, dx = np.mgrid[y0:y1, x0:x1] + 0.5
-        dx, dy = dx - x, dy - y
-        cos, sin = math.cos(math.pi * angle), math.sin(math.pi * angle)
-        along, across = (dx * cos + dy * sin) / half, dy * cos - dx * sin
-        taper = 1 - along * along
-        thick = unit * (0.9 + 1.3 * width) * taper
-        off = np.abs(across - unit * 8 * (bend - 0.5) * taper)
-        cover = np.clip(0.5 + thick - off, 0, 1)[..., None]
-        patch = picture[y0:y1, x0:x1]
-        patch += cover * (_colour(hue, 0.3 + 0.6 * saturation, 0.2 + 0.8 * value) - patch)
-
-
-def _pattern(stream: _Stream, size: int) -> tuple[Floats, str]:
-    """A texture in [0, 1] over the frame, (size, size, 1), and its name."""
-    name = TEXTURES[int(stream.one() * len(TEXTURES))]
-    angle, period, shift = stream.one(0, math.pi), stream.one(6.0, 12.0) * size / 96, stream.many(2)
-    x, y = _grid(size)
-    a = 2 * math.pi * ((x * math.cos(angle) + y * math.sin(angle)) / period + shift[0])
-    b = 2 * math.pi * ((y * math.cos(angle) - x * math.sin(angle)) / period + shift[1])
-    if name == "plain":
-        wave = np.zeros_like(a)
-    elif name == "stripes":
-        wave = np.tanh(3 * np.sin(a))
-    elif name == "checks":
-        wave = np.tanh(5 * np.sin(a) * np.sin(b))
-    elif name == "dots":
-        wave = np.tanh(3 * (np.cos(a) + np.cos(b) - 0.7))
-    elif name == "waves":
-        wave = np.sin(a + 1.4 * np.sin(b / 2))
-    else:
-        wave = 2.4 * (_clouds(stream, size, 9.0, 1)[..., 0] - 0.5)
-    return (0.5 + 0.5 * wave)[..., None], name
-
-
-def _paint(picture: Floats, thing: _Thing, stream: _Stream, difficulty: float) -> tuple[Masks, str]:
+def _paint(picture: Floats, thing: _Thing, stream: Stream, difficulty: float) -> tuple[Masks, str]:
     """Paint an object; its colours keep a distance from what lies behind it, less so where difficult."""
     size = picture.shape[0]
     cover, middle = thing.coverage(size)
     behind = (picture * cover[..., None]).sum(axis=(0, 1)) / cover.sum()
     draws = stream.many(6, 3)
-    colours = [_colour(h, 0.35 + 0.6 * s, 0.3 + 0.7 * v) for h, s, v in draws]
-    main = max(colours, key=lambda colour: float(((colour - behind) ** 2).sum()))
+    colours = [colour(h, 0.35 + 0.6 * s, 0.3 + 0.7 * v) for h, s, v in draws]
+    main = max(colours, key=lambda tone: float(((tone - behind) ** 2).sum()))
     away = main - behind
-    main = behind + away * min(1.0, _blend(0.80, 0.34, difficulty) / (math.sqrt(float(away @ away)) + 1e-9))
-    texture, name = _pattern(stream, size)
+    main = behind + away * min(1.0, blend(0.80, 0.34, difficulty) / (math.sqrt(float(away @ away)) + 1e-9))
+    texture, name = pattern(stream, size)
     second = main + stream.one(0.3, 0.6) * (colours[int(stream.one() * 6)] - main)
     body = main + (second - main) * texture
     # Light from the upper left and a darker rim make a body of it.
-    x, y = _grid(size)
+    x, y = grid(size)
     light = ((thing.x - x) + (thing.y - y)) / (2.2 * thing.scale)
     rim = np.exp(-((middle / (1.4 * size / 96)) ** 2))
-    body = body * (1 + 0.14 * np.clip(light, -1, 1) - _blend(0.35, 0.12, difficulty) * rim)[..., None]
+    body = body * (1 + 0.14 * np.clip(light, -1, 1) - blend(0.35, 0.12, difficulty) * rim)[..., None]
     picture += cover[..., None] * (body - picture)
     return cover >= 0.5, name
 
 
 def tag_colour(label: int) -> Floats:
     """RGB of the tag that stands for a class."""
-    return _colour(label / 8, 0.95, 1.0 if label % 2 else 0.8)
+    return colour(label / 8, 0.95, 1.0 if label % 2 else 0.8)
 
 
-def _tag(picture: Floats, stream: _Stream, label: int, taken: Masks, shortcut: float) -> Masks:
+def _tag(picture: Floats, stream: Stream, label: int, taken: Masks, shortcut: float) -> Masks:
     """Plant, with probability `shortcut`, the label's tag in a corner that no object reaches into."""
     size = picture.shape[0]
     side, inset = max(4, round(size / 9)), max(1, round(size / 48))
@@ -310,15 +195,15 @@ class _Scene:
 def _scene(
     split: str, seed: int, index: int, size: int, difficulty: float | None, objects: int, shortcut: float
 ) -> _Scene:
-    stream = _Stream(split, seed, index, SCENE)
+    stream = _stream(split, seed, index, SCENE)
     drawn = stream.one()
     hard = drawn if difficulty is None else difficulty
-    picture = _background(stream, size, hard)
-    _slivers(picture, _Stream(split, seed, index, SLIVERS), hard)
+    picture = background(stream, size, hard)
+    slivers(picture, _stream(split, seed, index, SLIVERS), hard)
     things = _things(split, seed, index, size, objects)
     masks, textures = [], []
     for order, thing in enumerate(things):
-        paint = _Stream(split, seed, index, (OBJECT, SECOND)[order])
+        paint = _stream(split, seed, index, (OBJECT, SECOND)[order])
         paint.many(8)  # spent on size, angle and class
         mask, texture = _paint(picture, thing, paint, hard)
         masks.append(mask)
@@ -327,9 +212,9 @@ def _scene(
         masks.append(np.zeros_like(masks[0]))
     else:
         masks[0] &= ~masks[1]
-    tag = _tag(picture, _Stream(split, seed, index, TAG), things[0].label, masks[0] | masks[1], shortcut)
-    noise = _Stream(split, seed, index, NOISE).grain(size, size, 3)
-    picture += _blend(0.03, 0.17, hard) * noise
+    tag = _tag(picture, _stream(split, seed, index, TAG), things[0].label, masks[0] | masks[1], shortcut)
+    noise = _stream(split, seed, index, NOISE).grain(size, size, 3)
+    picture += blend(0.03, 0.17, hard) * noise
     image = np.rint(np.clip(picture, 0, 1) * 255).astype(np.uint8)
     image = np.ascontiguousarray(image.transpose(2, 0, 1))
     return _Scene(image, masks[0] & ~tag, masks[1] & ~tag, tag, things, tuple(textures), hard)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ import torch
 from torch import nn
 
 import faithmap  # noqa: F401  (mends torchvision's operators before anything imports it)
-from faithmap import registry
+from faithmap import fitting, registry
 from faithmap.batch import Batch
 from faithmap.context import Context
 from faithmap.explaining import bind
@@ -114,6 +115,22 @@ def _threads_restored() -> Iterator[None]:
     yield
     if torch.get_num_threads() != before:
         torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def toy_fitted() -> Iterator[None]:
+    """An explainer that must be fitted is known while the tests of a file run."""
+    from fits import toy_registered
+
+    with toy_registered():
+        yield
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder of fits of the test's own."""
+    monkeypatch.setenv(fitting.HOME_VARIABLE, str(tmp_path / "home"))
+    return tmp_path / "home"
 
 
 @pytest.fixture

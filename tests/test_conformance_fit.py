@@ -2,36 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from conftest import make_cnn, make_vit
-from fits import toy_registered
 
-from faithmap import conformance, fitting, registry
-from faithmap.models import Model, load_model
+from faithmap import conformance, registry
+from faithmap.models import Model
 
-
-@pytest.fixture(scope="module", autouse=True)
-def registered() -> Iterator[None]:
-    """The toy is registered while these tests run."""
-    with toy_registered():
-        yield
-
-
-@pytest.fixture(autouse=True)
-def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder of fits of the test's own."""
-    monkeypatch.setenv(fitting.HOME_VARIABLE, str(tmp_path / "home"))
-    return tmp_path / "home"
-
-
-@pytest.fixture
-def model() -> Model:
-    return load_model("shapes/resnet")
+pytestmark = pytest.mark.usefixtures("toy_fitted", "home")
 
 
 def test_the_kit_fits_and_passes() -> None:

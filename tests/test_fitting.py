@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from conftest import make_cnn
-from fits import asked, toy, toy_registered, typed
+from fits import asked, toy, typed
 
 import faithmap
 from faithmap import fitting, registry, training
@@ -19,19 +18,7 @@ from faithmap.errors import FaithmapError, RequestError
 from faithmap.models import Model, load_model
 from faithmap.records import Spec
 
-
-@pytest.fixture(scope="module", autouse=True)
-def registered() -> Iterator[None]:
-    """The toy is registered while these tests run."""
-    with toy_registered():
-        yield
-
-
-@pytest.fixture(autouse=True)
-def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder of fits of the test's own."""
-    monkeypatch.setenv(fitting.HOME_VARIABLE, str(tmp_path / "home"))
-    return tmp_path / "home"
+pytestmark = pytest.mark.usefixtures("toy_fitted", "home")
 
 
 @pytest.fixture

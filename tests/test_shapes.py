@@ -93,8 +93,8 @@ def test_samples_give_image_mask_and_box_of_the_label() -> None:
 
 def test_an_image_is_rendered_once_for_all_that_is_asked_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
-    background = shapes._background
-    monkeypatch.setattr(shapes, "_background", lambda *given: calls.append(1) or background(*given))
+    background = shapes.background
+    monkeypatch.setattr(shapes, "background", lambda *given: calls.append(1) or background(*given))
     shapes._scene.cache_clear()
     samples = list(registry.get("dataset", "shapes").make({"n": 2, "seed": 5})())
     assert not calls

@@ -8,32 +8,19 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from fits import TOY, asked, toy_registered, typed
+from fits import TOY, asked, typed
 
 from faithmap import fitting, training
 from faithmap.errors import FaithmapError, RequestError
 from faithmap.models import Model, load_model
 from faithmap.records import Sample
 
-
-@pytest.fixture(scope="module", autouse=True)
-def registered() -> Iterator[None]:
-    """The toy is registered while these tests run."""
-    with toy_registered():
-        yield
-
-
-@pytest.fixture(autouse=True)
-def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder of fits of the test's own."""
-    monkeypatch.setenv(fitting.HOME_VARIABLE, str(tmp_path / "home"))
-    return tmp_path / "home"
+pytestmark = pytest.mark.usefixtures("toy_fitted", "home")
 
 
 @pytest.fixture
