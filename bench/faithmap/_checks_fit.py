@@ -17,7 +17,7 @@ from faithmap.errors import FaithmapError
 from faithmap.fitting import wants_fit
 from faithmap.models import Model
 from faithmap.registry import FITTED, Plugin, keyword_only
-from faithmap.training import Session, TrainingData, fit_options
+from faithmap.training import Session, Silent, TrainingData, fit_options
 
 #: How far a fit that went on after a kill may be from one that was not disturbed.
 RESUMED = 1e-6
@@ -27,7 +27,7 @@ class _StopError(Exception):
     """The kit stops a fit."""
 
 
-class _Stopper:
+class _Stopper(Silent):
     """A watcher that stops a fit after some steps."""
 
     def __init__(self, at: int) -> None:
@@ -42,9 +42,6 @@ class _Stopper:
         """Stop, where the time has come."""
         if step == self._at:
             raise _StopError
-
-    def end(self) -> None:
-        """Nothing is shown."""
 
 
 def check_fit_facts(plugin: Plugin) -> None:

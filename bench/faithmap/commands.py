@@ -104,7 +104,7 @@ def training(
     """Turn the flags of `faithmap train` into a checked request, its model on the device."""
     import torch
 
-    from faithmap.config import RunSettings, parse_option
+    from faithmap.config import parse_option
     from faithmap.data import choose, load_dataset
     from faithmap.explaining import undefined
     from faithmap.plan import load_named
@@ -114,7 +114,6 @@ def training(
 
     given = {"part": part, "limit": limit, "seed": seed, "device": device, "precision": precision}
     settings = load_config(None).with_run(**given).run
-    assert isinstance(settings, RunSettings)
     if workers < 0 or (threads is not None and threads < 1):
         raise RequestError(f"--workers {workers}, --threads {threads}: expected 0 or more, and 1 or more")
     spec = parse_spec(explainer)

@@ -238,7 +238,7 @@ def unique(specs: tuple[Spec, ...], key: str) -> tuple[Spec, ...]:
     for spec in specs:
         label = spec.label
         if not label and names.count(spec.name) > 1 and spec.params:
-            label = f"{spec.name}[{','.join(f'{k}={_short(v)}' for k, v in spec.params.items())}]"
+            label = write_spec(spec.name, spec.params)
         labelled.append(replace(spec, label=label))
     titles = [spec.title for spec in labelled]
     for title in titles:
@@ -308,6 +308,16 @@ def parse_spec(item: str | Spec) -> Spec:
             raise RequestError(f"'{item}': '{pair}' is no parameter; write key=value")
         params[key.strip()] = _value(value.strip())
     return Spec(match[1].strip(), params)
+
+
+def write_spec(name: str, params: Mapping[str, Any]) -> str:
+    """A name with parameters as `parse_spec` reads it.
+
+    >>> write_spec("rise", {"n_masks": 10, "score": "logit"})
+    'rise[n_masks=10,score=logit]'
+    """
+    written = ",".join(f"{key}={_short(value)}" for key, value in params.items())
+    return f"{name}[{written}]" if written else name
 
 
 def parse_option(text: str) -> tuple[str, Any]:

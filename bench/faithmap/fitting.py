@@ -27,6 +27,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from faithmap.config import write_spec
 from faithmap.errors import FaithmapError, RequestError
 from faithmap.records import digest
 from faithmap.registry import AUTO, FITTED, Plugin
@@ -192,8 +193,7 @@ def spec_text(plugin: Plugin, params: Mapping[str, Any]) -> str:
     """An explainer as the command line names it: what differs from its defaults stands in brackets."""
     defaults = plugin.parameters
     changed = {key: value for key, value in params.items() if value != defaults.get(key)}
-    written = [f"{key}={v if isinstance(v, str) else json.dumps(v)}" for key, v in changed.items()]
-    return f"{plugin.name}[{','.join(written)}]" if written else plugin.name
+    return write_spec(plugin.name, changed)
 
 
 def _named(plugin: Plugin, file: Path, served: str, model: Model) -> Fit:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import shlex
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -13,7 +12,7 @@ from typing import Any
 import torch
 
 from faithmap.batch import Batch, Maps
-from faithmap.config import Config, located, located_files
+from faithmap.config import Config, located, located_files, write_spec
 from faithmap.data import LoadedDataset, choose, load_dataset
 from faithmap.errors import FaithmapError, RequestError
 from faithmap.explaining import bind, lacking, undefined
@@ -142,8 +141,7 @@ def _named(spec: Spec | None) -> str:
         return ""
     if spec.base is not None:
         return f"{shlex.quote(spec.title)} --request FILE.toml"
-    written = [f"{key}={v if isinstance(v, str) else json.dumps(v)}" for key, v in spec.params.items()]
-    return shlex.quote(f"{spec.name}[{','.join(written)}]")
+    return shlex.quote(write_spec(spec.name, spec.params))
 
 
 def load_named(spec: Spec) -> Model:

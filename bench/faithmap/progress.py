@@ -11,21 +11,26 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 
+def _progress(console: Console, noun: str) -> Progress:
+    """A bar that counts, with what is said of it and the time gone and left."""
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn(noun),
+        TextColumn("{task.fields[said]}"),
+        TimeElapsedColumn(),
+        TextColumn("{task.fields[left]}"),
+        console=console,
+        transient=True,
+    )
+
+
 class Bar:
     """A bar with the cell, images per second and the time left."""
 
     def __init__(self, console: Console) -> None:
-        self._progress = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("units"),
-            TextColumn("{task.fields[rate]}"),
-            TimeElapsedColumn(),
-            TextColumn("{task.fields[left]}"),
-            console=console,
-            transient=True,
-        )
+        self._progress = _progress(console, "units")
         self._clock = _Clock()
         self._place = ""
 
@@ -37,7 +42,7 @@ class Bar:
     def begin(self, units: int, done: int) -> None:
         """Show the bar, begun where an earlier run stopped."""
         self._clock = _Clock(units - done)
-        self._task = self._progress.add_task("reading", total=units, completed=done, rate="", left="")
+        self._task = self._progress.add_task("reading", total=units, completed=done, said="", left="")
         self._progress.start()
 
     def group(self, model: str, dataset: str) -> None:
@@ -51,7 +56,7 @@ class Bar:
             self._task,
             advance=1,
             description=f"{self._place} · {cell}",
-            rate=f"{images / max(seconds, 1e-9):.0f} images/s",
+            said=f"{images / max(seconds, 1e-9):.0f} images/s",
             left=f"{clock(self._clock.left())} left",
         )
 
@@ -108,30 +113,20 @@ class FitBar:
     """A bar of a fit: what is fitted, the latest values, steps and the time left."""
 
     def __init__(self, console: Console) -> None:
-        self._progress = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("steps"),
-            TextColumn("{task.fields[values]}"),
-            TimeElapsedColumn(),
-            TextColumn("{task.fields[left]}"),
-            console=console,
-            transient=True,
-        )
+        self._progress = _progress(console, "steps")
         self._clock = _Clock()
 
     def begin(self, title: str, steps: int, done: int) -> None:
         """Show the bar, begun where an earlier fit stopped."""
         self._clock = _Clock(steps - done)
-        self._task = self._progress.add_task(title, total=steps, completed=done, values="", left="")
+        self._task = self._progress.add_task(title, total=steps, completed=done, said="", left="")
         self._progress.start()
 
     def step(self, step: int, values: Mapping[str, float]) -> None:
         """A step is done."""
         self._clock.tick()
         self._progress.update(
-            self._task, completed=step, values=told_values(values), left=f"{clock(self._clock.left())} left"
+            self._task, completed=step, said=told_values(values), left=f"{clock(self._clock.left())} left"
         )
 
     def end(self) -> None:

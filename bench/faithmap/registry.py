@@ -80,8 +80,7 @@ class Plugin:
         """The options of its fit with their defaults; none where it is not fitted."""
         if not self.fits:
             return {}
-        options = keyword_only(self.target.fit)  # type: ignore[attr-defined]
-        return options
+        return keyword_only(self.target.fit)  # type: ignore[attr-defined]
 
     @property
     def summary(self) -> str:
