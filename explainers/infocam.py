@@ -294,9 +294,10 @@ def _settle(model: Model, cut: Cut, given: Mapping[str, Any]) -> _Settings:
     if picture == "auto":
         dense = "density" if cut.signed else "density_plus"
         picture = dense if kind == "element" else "A_plus"
-    usual = (20.0, 30, 1.0) if kind == "element" else (5.0, 50, 0.5)
-    asked = (given["beta"], given["iterations"], given["learning_rate"])
-    beta, steps, rate = (one if other is None else other for one, other in zip(usual, asked, strict=True))
+    beta, steps, rate = (20.0, 30, 1.0) if kind == "element" else (5.0, 50, 0.5)
+    beta = beta if given["beta"] is None else given["beta"]
+    steps = steps if given["iterations"] is None else given["iterations"]
+    rate = rate if given["learning_rate"] is None else given["learning_rate"]
     return _Settings(
         mode, kind, picture, given["weight"], beta, given["gamma"], steps, rate,
         given["samples"], given["prior_samples"], given["contexts"], given["start"], given["min_nats"],
@@ -369,7 +370,8 @@ def _map(cut: Cut, features: Features, gates: Gates, chosen: _Settings) -> Tenso
         shown = excess.clamp_min(0) if chosen.map == "A_plus" else values
         maps = (_shares(weights).unsqueeze(2) * shown).sum(1).clamp_min(0)
     empty = nats.mean(2).sum(1) < chosen.min_nats
-    return maps.masked_fill(empty.unsqueeze(1), 0.0).unflatten(1, cut.layout.grid)
+    filled: Tensor = maps.masked_fill(empty.unsqueeze(1), 0.0).unflatten(1, cut.layout.grid)
+    return filled
 
 
 def _shares(weights: Tensor) -> Tensor:
