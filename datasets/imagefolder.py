@@ -10,24 +10,16 @@ import os
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePath
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from faithmap import dataset
-from faithmap.errors import DataError, RequestError, nearest
+from faithmap.errors import RequestError, nearest
+from faithmap.pictures import SUFFIXES, Box, Picture, file_size
 from faithmap.records import Sample, SampleList, digest
 
-if TYPE_CHECKING:
-    import PIL.Image
-    import torch
-
-SUFFIXES = frozenset((".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"))
 BOX_FORM = "'x0,y0,x1,y1' in pixels of the stored image with x0 <= x1 and y0 <= y1, several joined by ';'"
 #: Labels beyond this get no entry in the list of names, which is as long as the largest label.
 MOST_CLASSES = 100_000
-#: The EXIF tag that says how a viewer turns the stored image.
-ORIENTATION = 0x0112
-
-Box = tuple[float, float, float, float]
 
 
 @dataset(
@@ -89,85 +81,6 @@ class Entry:
     label: int
     name: str
     boxes: tuple[Box, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Picture:
-    """An image file, read when it is due."""
-
-    path: Path
-    boxes: tuple[Box, ...] = ()
-
-    def image(self) -> PIL.Image.Image:
-        """The image upright and in RGB.
-
-        Raises:
-            DataError: the file is missing, broken, or of a kind without a clear meaning in RGB.
-        """
-        import PIL.Image
-        import PIL.ImageOps
-
-        try:
-            with PIL.Image.open(self.path) as stored:
-                return _to_rgb(PIL.ImageOps.exif_transpose(stored))
-        except DataError as error:
-            raise DataError(f"{self.path}: {error}") from error
-        except Exception as error:
-            raise DataError(f"{self.path} cannot be read as an image: {error}") from error
-
-    def upright_boxes(self) -> torch.Tensor:
-        """The boxes (K, 4) in pixels of the upright image."""
-        import PIL.Image
-        import torch
-
-        try:
-            with PIL.Image.open(self.path) as stored:
-                turn, size = stored.getexif().get(ORIENTATION, 1), stored.size
-        except Exception as error:
-            raise DataError(f"{self.path} cannot be read as an image: {error}") from error
-        return torch.tensor([_turned(box, turn, size) for box in self.boxes], dtype=torch.float32)
-
-
-def _to_rgb(image: PIL.Image.Image) -> PIL.Image.Image:
-    """Show an image as a viewer would: see-through parts on white, 16 bits scaled down to 8."""
-    import numpy as np
-    import PIL.Image
-
-    if image.mode == "I" or image.mode.startswith("I;16"):
-        values = np.asarray(image)
-        if values.size and not 0 <= values.min() <= values.max() <= 65535:
-            raise DataError(
-                f"its grey values go from {values.min()} to {values.max()}, expected 0 to 65535; "
-                "store 8 or 16 bits"
-            )
-        # 257 takes 65535 to 255; Pillow's own conversion would clip everything above 255 to white.
-        return PIL.Image.fromarray(np.round(values / 257).astype(np.uint8)).convert("RGB")
-    if image.mode == "F":
-        raise DataError("its pixels are floating-point numbers of unknown range; store 8 or 16 bits")
-    if image.has_transparency_data:
-        layer = image.convert("RGBA")
-        paper = PIL.Image.new("RGBA", layer.size, "white")
-        return PIL.Image.alpha_composite(paper, layer).convert("RGB")
-    return image.convert("RGB")
-
-
-def _turned(box: Box, turn: int, size: tuple[int, int]) -> Box:
-    """Move a box with the turn that EXIF asks for; `size` is the stored (width, height)."""
-    width, height = size
-    x0, y0, x1, y1 = box
-    if turn in (2, 3):  # left and right change places
-        x0, x1 = width - x1, width - x0
-    if turn in (3, 4):  # top and bottom change places
-        y0, y1 = height - y1, height - y0
-    if turn == 5:
-        return y0, x0, y1, x1
-    if turn == 6:
-        return height - y1, x0, height - y0, x1
-    if turn == 7:
-        return height - y1, width - x1, height - y0, width - x0
-    if turn == 8:
-        return y0, width - x1, y1, width - x0
-    return x0, y0, x1, y1
 
 
 @dataclass(frozen=True, slots=True)
@@ -344,7 +257,7 @@ def _text(file: Path, what: str) -> str:
 
 
 def _samples(root: Path, entries: list[Entry]) -> SampleList:
-    sizes = {entry.id: _size(entry.path) for entry in entries}
+    sizes = {entry.id: file_size(entry.path) for entry in entries}
     if all(size is None for size in sizes.values()):
         below = [folder for folder in root.iterdir() if (folder / entries[0].id).is_file()]
         raise RequestError(
@@ -358,14 +271,6 @@ def _samples(root: Path, entries: list[Entry]) -> SampleList:
         revision=digest(content),
         class_names=[names.get(label, "") for label in range(max(names) + 1)] if names else None,
     )
-
-
-def _size(file: Path) -> int | None:
-    """Bytes of a file; None where there is none, which is for `Picture.image` to report."""
-    try:
-        return file.stat().st_size
-    except OSError:
-        return None
 
 
 def _sample(entry: Entry) -> Sample:
