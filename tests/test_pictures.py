@@ -20,7 +20,7 @@ def _is_one(values: np.ndarray) -> np.ndarray:
 
 
 def _stored(folder: Path, turn: int, mask_size: tuple[int, int] = (30, 20)) -> Picture:
-    """A photograph that is red in the box and black elsewhere, with a mask of classes 1 and 255 (a border)."""
+    """A photograph, red in the box, black elsewhere, with a mask of classes 1 and 255 (a border)."""
     pixels = np.zeros((20, 30, 3), np.uint8)
     pixels[5:9, 3:13, 0] = 255
     photo = PIL.Image.fromarray(pixels)
