@@ -15,7 +15,7 @@ import pytest
 import torch
 from fits import TOY, asked, typed
 
-from faithmap import fitting, training
+from faithmap import commands, fitting, training
 from faithmap.errors import FaithmapError, RequestError
 from faithmap.models import Model, load_model
 from faithmap.records import Sample
@@ -131,6 +131,16 @@ def test_the_command_reads_models_and_datasets_of_a_request(tmp_path: Path) -> N
     assert "toy-fitted fitted to mine on 8 images of few" in said
     code, said = typed("train", "toy-fitted", "--model", "min", "--dataset", "few", "--request", request)
     assert code == 2 and "names no model 'min'; did you mean 'mine'?" in said
+
+
+def test_a_fit_takes_every_image_unless_a_limit_is_given() -> None:
+    """The default run's own limit, which is for scoring, is far below the images of this data set."""
+    given: dict[str, Any] = {
+        "part": "all", "seed": 0, "device": "cpu", "precision": "fp32", "threads": None, "workers": 0,
+    }  # fmt: skip
+    words = ("toy-fitted", "shapes/resnet", "shapes[split=train,n=1000]", None, [])
+    assert len(commands.training(*words, limit=None, **given).samples) == 1000
+    assert len(commands.training(*words, limit=300, **given).samples) == 300
 
 
 @pytest.mark.parametrize(

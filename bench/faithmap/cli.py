@@ -232,7 +232,9 @@ def train(
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="An option of the fit.")
     ] = None,
     part: Annotated[str, typer.Option(help="eval, dev or all.")] = "all",
-    limit: Annotated[int | None, typer.Option(help="Images, balanced over the classes.")] = None,
+    limit: Annotated[
+        int | None, typer.Option(help="Images, balanced over the classes; by default all.")
+    ] = None,
     seed: Annotated[int, typer.Option(help="Seed of everything that is drawn.")] = 0,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps.")] = "auto",
     precision: Annotated[str, typer.Option(help="fp32 or bf16.")] = "fp32",

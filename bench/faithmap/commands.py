@@ -126,10 +126,11 @@ def training(
     if reason:
         raise RequestError(f"explainer '{plugin.name}': {reason}")
     images = load_dataset(_of_request(request, "datasets", dataset))
-    samples = choose(images.samples, settings.part, settings.limit)
+    # Not the settings' limit: without the flag they hold that of the default run, which is for scoring.
+    samples = choose(images.samples, settings.part, limit)
     network.to(resolve_device(settings.device)).eval()
     return Training(
-        plugin, params, network, images, samples, checked, settings.part, settings.limit, settings.seed,
+        plugin, params, network, images, samples, checked, settings.part, limit, settings.seed,
         settings.precision, workers,
     )  # fmt: skip
 
