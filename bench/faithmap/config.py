@@ -20,7 +20,7 @@ Part = Literal["eval", "dev", "all"]
 Precision = Literal["fp32", "bf16"]
 Target = Literal["predicted", "label", "second"]
 OwnNull = Literal["swapped", "rolled"]
-SECTIONS = ("run", "models", "datasets", "explainers", "metrics")
+SECTIONS = ("run", "models", "datasets", "explainers", "metrics", "fits")
 LISTS = SECTIONS[1:]
 DEFAULT_PRESET = "quickstart"
 #: Parameters that name files or folders; a relative one is relative to the TOML file.
@@ -69,7 +69,8 @@ class RunSettings(BaseModel):
 class Config(BaseModel):
     """A request: settings, and the models, datasets, explainers and metrics of the grid.
 
-    An empty `metrics` means every metric that the dataset can serve.
+    An empty `metrics` means every metric that the dataset can serve. `fits` say by the name of an
+    explainer how the run fits it to each model where that has not been done; see `faithmap.requested_fits`.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, arbitrary_types_allowed=True)
@@ -80,8 +81,9 @@ class Config(BaseModel):
     datasets: tuple[Spec, ...] = ()
     explainers: tuple[Spec, ...] = ()
     metrics: tuple[Spec, ...] = ()
+    fits: tuple[Spec, ...] = ()
 
-    @field_serializer("models", "datasets", "explainers", "metrics")
+    @field_serializer("models", "datasets", "explainers", "metrics", "fits")
     def _plain(self, specs: tuple[Spec, ...]) -> list[dict[str, Any]]:
         return [
             {"name": spec.name, **({"label": spec.label} if spec.label else {}), **spec.params}
@@ -95,7 +97,7 @@ class Config(BaseModel):
             RequestError: a setting does not exist or has a wrong value.
         """
         given = {key: value for key, value in settings.items() if value is not None}
-        return self._replace(run=_settings({**self.run.model_dump(), **given}, "flags"))
+        return self._replace(run=run_settings({**self.run.model_dump(), **given}, "flags"))
 
     def with_lists(self, **lists: Iterable[str | Spec] | None) -> Config:
         """The same request with other lists of models, datasets, explainers or metrics; None leaves one.
@@ -181,12 +183,17 @@ def from_mapping(content: Mapping[str, Any], name: str, where: str, base: Path |
     for key in LISTS:
         if key in content:
             lists[key] = _specs(content[key], key, where, base)
-        elif default is not None and key != "metrics":
+        elif default is not None and key not in ("metrics", "fits"):
             lists[key] = getattr(default, key)
-    return Config(name=name, run=_settings({**defaults, **run}, where), **lists)
+    return Config(name=name, run=run_settings({**defaults, **run}, where), **lists)
 
 
-def _settings(values: Mapping[str, Any], where: str) -> RunSettings:
+def run_settings(values: Mapping[str, Any], where: str) -> RunSettings:
+    """Settings from plain values.
+
+    Raises:
+        RequestError: a setting does not exist or has a wrong value; `where` it stands is named.
+    """
     for key in values:
         if key not in RunSettings.model_fields:
             raise RequestError(

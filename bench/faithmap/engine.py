@@ -6,6 +6,7 @@ import time
 from collections.abc import Sequence
 from typing import Protocol
 
+from faithmap import training
 from faithmap.errors import RequestError
 from faithmap.records import Row
 from faithmap.store import RunStore
@@ -21,6 +22,9 @@ class Observer(Protocol):
 
     def checked(self, plugin: str, failed: int, seconds: float) -> None:
         """A plugin that is not built in has been checked, and so many checks failed."""
+
+    def fitting(self) -> training.Watcher:
+        """An explainer is about to be fitted; what is returned is told how that goes on."""
 
     def begin(self, units: int, done: int) -> None:
         """The run has so many units, of which some were stored by an earlier run."""
@@ -40,6 +44,10 @@ class Silent:
 
     def checked(self, plugin: str, failed: int, seconds: float) -> None:
         """Say nothing."""
+
+    def fitting(self) -> training.Watcher:
+        """Nobody is told."""
+        return training.Silent()
 
     def begin(self, units: int, done: int) -> None:
         """Say nothing."""

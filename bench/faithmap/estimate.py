@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from faithmap.config import Config
 from faithmap.data import check_labels
-from faithmap.plan import make_grid
+from faithmap.plan import Grid, make_grid
 from faithmap.runner import apply_settings, make_groups, resolve_settings
 from faithmap.units import Group, run_shard
 
@@ -36,7 +36,7 @@ def estimate(config: Config) -> Estimate:
             check_labels(dataset, samples, model)
     settings = resolve_settings(grid, None)
     apply_settings(grid, settings)
-    total = Estimate([], 0, 0.0, 0.0)
+    total = Estimate(_fits(grid), 0, 0.0, 0.0)
     for group in make_groups(grid, settings):
         images = sum(len(shard.samples) for shard in group.shards)
         units = len(group.tasks) * len(group.shards)
@@ -52,6 +52,16 @@ def estimate(config: Config) -> Estimate:
             total.seconds + images * seconds,
         )
     return total
+
+
+def _fits(grid: Grid) -> list[str]:
+    """What the run fits before it begins, whose cells are not measured here."""
+    return [
+        f"{use.label} is fitted first, to {name}, on {len(asked.samples)} images of {asked.dataset.label}; "
+        "neither the fit nor its maps are in the figures below"
+        for use in grid.explainers
+        for name, asked in use.wanted.items()
+    ]
 
 
 def _measure(group: Group) -> tuple[float, float]:

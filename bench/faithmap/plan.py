@@ -20,8 +20,10 @@ from faithmap.fitting import Fit, advice, find, wants_fit
 from faithmap.models import Model, load_model
 from faithmap.perturb import make_fill
 from faithmap.records import REFERENCE_NULL, Cell, Sample, Spec, canonical_json, digest
-from faithmap.registry import FITTED, Plugin, get, plugins
+from faithmap.registry import AUTO, FITTED, Plugin, get, plugins
+from faithmap.requested_fits import Recipe, made, read_recipes
 from faithmap.scoring import Heading, MetricUse, use_metric
+from faithmap.training import Training
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,8 @@ class ExplainerUse:
     fits: Mapping[str, Fit] = field(default_factory=dict)
     #: Why it has no fit for a model that it must be fitted to, by the model's name.
     unfitted: Mapping[str, str] = field(default_factory=dict)
+    #: What the request itself fits before it runs, by the model's name.
+    wanted: Mapping[str, Training] = field(default_factory=dict)
 
     def skip(self, model: Model, gives: frozenset[str]) -> str:
         """Why it does not explain a model here; empty where it does."""
@@ -102,21 +106,36 @@ def make_grid(config: Config, models: Sequence[Model] = ()) -> Grid:
         if names.count(name) > 1:
             raise RequestError(f"two models are named '{name}'; give one another name")
     specs = {spec.title: spec for spec in config.models}
-    fitted = tuple(_with_fits(use, loaded, specs) for use in explainers)
+    recipes = read_recipes(config, [use.plugin for use in explainers])
+    fitted = tuple(_with_fits(use, loaded, specs, recipes.get(use.plugin.name)) for use in explainers)
     return Grid(config, loaded, tuple(datasets), fitted, metrics)
 
 
-def _with_fits(use: ExplainerUse, models: Sequence[Model], specs: Mapping[str, Spec]) -> ExplainerUse:
-    """An explainer with its fit for each model that it is defined for, where it must be fitted."""
+def _with_fits(
+    use: ExplainerUse, models: Sequence[Model], specs: Mapping[str, Spec], recipe: Recipe | None
+) -> ExplainerUse:
+    """An explainer with its fit for each model that it is defined for, where it must be fitted.
+
+    Where the request has a recipe and names no fit, only a fit by that recipe will do.
+    """
     if not wants_fit(use.plugin, use.params):
         return use
     fits: dict[str, Fit] = {}
     unfitted: dict[str, str] = {}
+    wanted: dict[str, Training] = {}
     for model in models:
         if undefined(use.plugin, model, use.plugin.facts.needs):
             continue
         try:
-            found = find(use.plugin, {**use.params, **use.files}, model)
+            if recipe is not None and use.params.get(FITTED, AUTO) == AUTO:
+                asked = recipe.training(use.plugin, use.params, model)
+                found = made(asked)
+                if found is None:
+                    wanted[model.name] = asked
+                    unfitted[model.name] = "not fitted for this model yet; the run itself does it first"
+                    continue
+            else:
+                found = find(use.plugin, {**use.params, **use.files}, model)
             if found is not None:
                 # A fit that does not serve the model is found out before anything is computed.
                 use.plugin.make(use.params).load(model, found.tensors())  # type: ignore[attr-defined]
@@ -132,7 +151,7 @@ def _with_fits(use: ExplainerUse, models: Sequence[Model], specs: Mapping[str, S
     params = dict(use.params)
     if FITTED in use.files and fits:  # the path of a machine has no place in rows
         params[FITTED] = next(iter(fits.values())).key
-    return replace(use, params=params, fits=fits, unfitted=unfitted)
+    return replace(use, params=params, fits=fits, unfitted=unfitted, wanted=wanted)
 
 
 def _named(spec: Spec | None) -> str:

@@ -34,6 +34,10 @@ class Bar:
         self._clock = _Clock()
         self._place = ""
 
+    def fitting(self) -> FitBar:
+        """A bar for the fit that follows."""
+        return FitBar(self._progress.console)
+
     def checked(self, plugin: str, failed: int, seconds: float) -> None:
         """A plugin that is not built in has been checked."""
         text = told_check(plugin, failed, seconds)
@@ -75,6 +79,10 @@ class Lines:
         self._done = self._units = 0
         self._place = ""
         self._clock = _Clock()
+
+    def fitting(self) -> FitLines:
+        """Lines for the fit that follows."""
+        return FitLines(self._stream)
 
     def checked(self, plugin: str, failed: int, seconds: float) -> None:
         """A plugin that is not built in has been checked."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +25,7 @@ from faithmap.previews import draw_previews
 from faithmap.provenance import manifest
 from faithmap.records import digest
 from faithmap.store import RunStore
+from faithmap.training import train
 from faithmap.units import Group
 
 if TYPE_CHECKING:
@@ -99,7 +100,29 @@ def run(
     store = RunStore(out or default_folder(grid))
     store.create()
     with store.locked():
-        return _run_locked(grid, store, observer or Silent(), fresh, figures, save_maps)
+        told = observer or Silent()
+        return _run_locked(fit_wanted(grid, told), store, told, fresh, figures, save_maps)
+
+
+def fit_wanted(grid: Grid, observer: Observer) -> Grid:
+    """Fit what the request itself fits and what is not fitted yet: the same grid with these fits.
+
+    Each fit is kept as `faithmap train` keeps it, and goes on after a kill likewise.
+    """
+    if not any(use.wanted for use in grid.explainers):
+        return grid
+    run_settings = grid.config.run
+    torch.set_num_threads(run_settings.threads or usable_cores())
+    device = resolve_device(run_settings.device)
+    explainers = []
+    for use in grid.explainers:
+        fits, unfitted = dict(use.fits), dict(use.unfitted)
+        for name, asked in use.wanted.items():
+            asked.model.to(device).eval()
+            fits[name] = train(asked, observer.fitting())
+            del unfitted[name]
+        explainers.append(replace(use, fits=fits, unfitted=unfitted, wanted={}))
+    return replace(grid, explainers=tuple(explainers))
 
 
 def _run_locked(

@@ -257,6 +257,11 @@ class Training:
         return fitting.served_key(self.plugin, self.params, self.model)
 
     @property
+    def file_name(self) -> str:
+        """The file of the fit, in whatever folder."""
+        return fitting.file_name(self.served, self.key)
+
+    @property
     def key(self) -> str:
         """The key of how the fit comes about."""
         ids = [sample.id for sample in self.samples]
@@ -319,7 +324,7 @@ def train(
     if not fitting.wants_fit(request.plugin, request.params):
         raise RequestError(f"explainer '{request.plugin.name}' needs no fit with these parameters")
     folder = fitting.home() / "fitted" / request.plugin.name if out is None else out
-    file = folder / fitting.file_name(request.served, request.key)
+    file = folder / request.file_name
     if file.is_file() and not fresh:
         made = fitting.read(file)
         if half and not made.record.get("half"):
@@ -340,9 +345,10 @@ def train(
     try:
         if fresh:
             checkpoint.unlink(missing_ok=True)
+        spec = fitting.spec_text(request.plugin, request.params)
         session = Session(
             request.seed, request.precision, checkpoint, watcher or Silent(), every,
-            title=f"{request.plugin.name} · {request.model.name} · {request.dataset.label}",
+            title=f"{spec} · {request.model.name} · {request.dataset.label}",
         )  # fmt: skip
         with _stoppable(session):
             tensors, data = _fit(request, session)

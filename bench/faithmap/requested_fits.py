@@ -1,0 +1,109 @@
+"""`[[fits]]`: how a request fits the explainers that must be fitted, so that one command does all.
+
+    [[fits]]
+    name = "scan"                              # an explainer of the request
+    dataset = "shapes[split=train,n=2048]"     # or a table: { name = "imagefolder", root = "photos" }
+    epochs = 10                                # options of its fit, as of `faithmap train --set`
+
+`part`, `limit`, `seed` and `precision` are those of `faithmap train`; the seed is by default the run's. Each
+variant of the explainer that the request names is fitted to each model, and kept and found again as if
+`faithmap train` had been typed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from faithmap import fitting
+from faithmap.config import Config, RunSettings, parse_spec, run_settings
+from faithmap.data import LoadedDataset, choose, load_dataset
+from faithmap.errors import RequestError, nearest
+from faithmap.fitting import Fit
+from faithmap.models import Model
+from faithmap.records import Sample, Spec
+from faithmap.registry import Plugin
+from faithmap.training import Training, fit_options
+
+#: Settings of a fit that are no options of the explainer's own.
+SETTINGS = ("part", "limit", "seed", "precision")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How one explainer is fitted, to whatever model."""
+
+    dataset: LoadedDataset
+    samples: tuple[Sample, ...]
+    options: Mapping[str, Any]
+    part: str
+    limit: int | None
+    seed: int
+    precision: str
+
+    def training(self, plugin: Plugin, params: Mapping[str, Any], model: Model) -> Training:
+        """The fit of an explainer with these parameters to a model."""
+        return Training(
+            plugin, params, model, self.dataset, self.samples, self.options, self.part, self.limit,
+            self.seed, self.precision,
+        )  # fmt: skip
+
+
+def read_recipes(config: Config, plugins: Sequence[Plugin]) -> dict[str, Recipe]:
+    """The recipes of a request, by the explainer's name.
+
+    Raises:
+        RequestError: an entry names no explainer of the request, one that is not fitted, no dataset, or
+            an unknown option.
+    """
+    known = {plugin.name: plugin for plugin in plugins}
+    # Explainers chosen on the command line may leave a request's recipe without use.
+    wanted = [spec for spec in config.fits if spec.name in known]
+    unknown = [spec.name for spec in config.fits if not _is_named(spec.name)]
+    if unknown:
+        raise RequestError(
+            f"[[fits]] names '{unknown[0]}', which is no explainer; {nearest(unknown[0], known)}"
+        )
+    return {spec.name: _recipe(spec, known[spec.name], config.run) for spec in wanted}
+
+
+def made(asked: Training) -> Fit | None:
+    """The fit that a request asks for, where it has been made."""
+    for folder in fitting.folders(asked.plugin.name):
+        file: Path = folder / asked.file_name
+        if file.is_file():
+            return fitting.read(file)
+    return None
+
+
+def _is_named(name: str) -> bool:
+    from faithmap.registry import plugins
+
+    return any(plugin.name == name for plugin in plugins("explainer"))
+
+
+def _recipe(spec: Spec, plugin: Plugin, run: RunSettings) -> Recipe:
+    given = dict(spec.params)
+    source = given.pop("dataset", None)
+    settings = {key: given.pop(key) for key in SETTINGS if key in given}
+    options = fit_options(plugin, given)
+    # Checked as the same settings of a run are; without a limit a fit takes every image.
+    checked = run_settings({"part": "all", "seed": run.seed, **settings}, f"[[fits]] for '{spec.name}'")
+    dataset = load_dataset(_dataset(source, spec))
+    samples = choose(dataset.samples, checked.part, checked.limit)
+    return Recipe(dataset, samples, options, checked.part, checked.limit, checked.seed, checked.precision)
+
+
+def _dataset(source: Any, spec: Spec) -> Spec:
+    if isinstance(source, str):
+        named = parse_spec(source)
+        return Spec(named.name, named.params, base=spec.base)
+    if isinstance(source, Mapping) and isinstance(source.get("name"), str):
+        rest = {key: value for key, value in source.items() if key not in ("name", "label")}
+        return Spec(source["name"], rest, str(source.get("label", "")), spec.base)
+    raise RequestError(
+        f"[[fits]] for '{spec.name}': dataset is {source!r}; name the images to learn from, such as "
+        'dataset = "shapes[split=train]"'
+    )

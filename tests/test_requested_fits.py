@@ -1,0 +1,112 @@
+"""`[[fits]]`: one command that fits what a request needs, then runs it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fits import asked, typed
+
+import faithmap
+from faithmap import training
+from faithmap.config import load_config
+from faithmap.errors import RequestError
+from faithmap.models import load_model
+from faithmap.plan import make_grid
+
+pytestmark = pytest.mark.usefixtures("toy_fitted", "home")
+
+RECIPE = {"name": "toy-fitted", "dataset": "shapes[split=train,n=12]"}
+
+
+def request_of(**changes: Any) -> dict[str, Any]:
+    return {
+        "run": {"limit": 4, "own_nulls": [], "null_draws": 1, "threads": 1},
+        "models": [{"name": "shapes/resnet"}],
+        "explainers": [{"name": "toy-fitted"}, {"name": "toy-fitted", "start": 1.0}, {"name": "gradcam"}],
+        "datasets": [{"name": "shapes"}],
+        "fits": [RECIPE],
+        **changes,
+    }
+
+
+def files(home: Path) -> list[str]:
+    return sorted(file.name for file in (home / "fitted" / "toy-fitted").glob("*.safetensors"))
+
+
+def test_a_run_fits_each_variant_and_scores_it(tmp_path: Path, home: Path) -> None:
+    done = faithmap.run(request_of(), out=tmp_path / "run", figures=False)
+    board = done.leaderboard().set_index("explainer")
+    assert list(board.loc[["toy-fitted", "toy-fitted[start=1.0]"], "fit_images"]) == [12, 12]
+    assert (board["status"] == "ok").sum() == 3
+    assert len(files(home)) == 2
+
+
+def test_fits_are_those_of_train_and_are_made_once(tmp_path: Path, home: Path) -> None:
+    made = training.train(asked(load_model("shapes/resnet")))
+    before = made.path.stat().st_mtime_ns if made.path else 0
+    for _ in range(2):
+        done = faithmap.run(request_of(), out=tmp_path / "run", figures=False)
+    assert len(files(home)) == 2
+    assert made.path is not None and made.path.stat().st_mtime_ns == before
+    entry = done.manifest["explainers"]["toy-fitted"]["fits"]["shapes/resnet"]
+    assert entry["digest"] == made.digest
+
+
+def test_another_fit_of_the_same_explainer_is_not_taken(tmp_path: Path, home: Path) -> None:
+    other = training.train(asked(load_model("shapes/resnet"), seed=5))
+    grid = make_grid(load_config(request_of()))
+    assert [list(use.wanted) for use in grid.explainers[:2]] == [["shapes/resnet"], ["shapes/resnet"]]
+    named = request_of(explainers=[{"name": "toy-fitted", "fitted": other.key}])
+    grid = make_grid(load_config(named))
+    assert grid.explainers[0].fits["shapes/resnet"].digest == other.digest
+    assert not grid.explainers[0].wanted
+
+
+def test_settings_of_a_fit_are_told_from_its_options() -> None:
+    recipe = {**RECIPE, "epochs": 7, "seed": 3, "limit": 8, "part": "dev", "precision": "bf16",
+              "dataset": {"name": "shapes", "split": "train", "n": 64}}  # fmt: skip
+    grid = make_grid(load_config(request_of(fits=[recipe])))
+    wanted = grid.explainers[0].wanted["shapes/resnet"]
+    assert wanted.options["epochs"] == 7 and "seed" not in wanted.options
+    assert (wanted.seed, wanted.limit, wanted.part, wanted.precision) == (3, 8, "dev", "bf16")
+    assert len(wanted.samples) == 8
+    whole = make_grid(load_config(request_of(run={"seed": 4}, fits=[{**RECIPE, "dataset": "shapes[n=200]"}])))
+    assert whole.explainers[0].wanted["shapes/resnet"].seed == 4  # the run's
+    assert len(whole.explainers[0].wanted["shapes/resnet"].samples) == 200  # no limit of its own, so all
+
+
+def test_a_recipe_whose_explainer_is_not_asked_for_is_left_alone() -> None:
+    grid = make_grid(load_config(request_of(explainers=[{"name": "gradcam"}])))
+    assert not any(use.wanted for use in grid.explainers)
+
+
+def test_a_dry_run_says_so_and_fits_nothing(tmp_path: Path, home: Path) -> None:
+    file = tmp_path / "request.toml"
+    file.write_text(
+        '[run]\nlimit = 4\n[[models]]\nname = "shapes/resnet"\n[[datasets]]\nname = "shapes"\n'
+        '[[explainers]]\nname = "toy-fitted"\n[[metrics]]\nname = "perturbation"\n'
+        '[[fits]]\nname = "toy-fitted"\ndataset = "shapes[split=train,n=12]"\n'
+    )
+    code, said = typed("run", file, "--dry-run")
+    assert code == 0, said
+    assert "toy-fitted is fitted first, to shapes/resnet, on 12 images of shapes" in said
+    assert not home.exists()
+
+
+@pytest.mark.parametrize(
+    ("recipe", "sentence"),
+    [
+        ({"name": "toy-fited", "dataset": "shapes"}, "'toy-fited', which is no explainer; did you mean 'toy"),
+        ({"name": "gradcam", "dataset": "shapes"}, "'gradcam' is not fitted: it explains any model as it is"),
+        ({"name": "toy-fitted"}, "dataset is None; name the images to learn from"),
+        ({**RECIPE, "epoch": 2}, "has no option 'epoch'; did you mean 'epochs'?"),
+        ({**RECIPE, "limit": 0}, "'toy-fitted': limit = 0: expected a number of images of at least 1"),
+        ({**RECIPE, "dataset": "shape"}, "did you mean 'shapes'?"),
+    ],
+)
+def test_a_wrong_recipe_is_a_sentence(recipe: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(RequestError) as caught:
+        make_grid(load_config(request_of(fits=[recipe])))
+    assert sentence in str(caught.value)
