@@ -8,6 +8,7 @@ gradient when the class token is pooled; tokens are folded back to a grid by dro
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -143,17 +144,84 @@ def find_anatomy(
     return Anatomy(found_family, layer, grid, reshape, int(logits.shape[1]))
 
 
-def _trace(module: nn.Module, example: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+def layer_at(module: nn.Module, example: Tensor, place: str) -> str:
+    """The dotted name of a layer that is named by its depth, as papers do.
+
+    Args:
+        module: the network, in evaluation mode.
+        example: one image (1, 3, H, W), as the network takes it.
+        place: "block:9/12" is the block of a plain vision transformer that ends this share of its depth:
+            the 9th of 12, the 5th of 6. "stage:-1", "stage:-2", ... is the end of a CNN's stage: the last
+            layer of its smallest grid of features, of the next larger one, and so on: of a ResNet at 224
+            pixels those of 7 x 7, 14 x 14 and 28 x 28.
+
+    Raises:
+        RequestError: the place is malformed, or the network has none such.
+    """
+    block = re.fullmatch(r"block:(\d+)/(\d+)", place)
+    stage = re.fullmatch(r"stage:-(\d+)", place)
+    if block and 0 < int(block[1]) <= int(block[2]):
+        names = block_names(module)
+        if not names:
+            raise RequestError(f"layer '{place}': the model is no plain vision transformer; write 'stage:-1'")
+        return names[math.ceil(len(names) * int(block[1]) / int(block[2])) - 1]
+    if stage and int(stage[1]) > 0:
+        ends = stage_ends(module, example)
+        if int(stage[1]) > len(ends):
+            raise RequestError(f"layer '{place}': the model has {len(ends)} grids of features")
+        return ends[-int(stage[1])]
+    raise RequestError(
+        f"layer '{place}': expected the dotted name of a layer, 'block:9/12' (a share of a transformer's "
+        "depth) or 'stage:-2' (a CNN's last stage but one)"
+    )
+
+
+def stage_ends(module: nn.Module, example: Tensor) -> list[str]:
+    """The last layer of each grid of features (B, C, h, w), from the largest grid to the smallest.
+
+    What lies within a block that takes one grid and gives a smaller one counts as part of the next stage.
+    """
+    size = (int(example.shape[2]), int(example.shape[3]))
+    grids: dict[str, tuple[int | None, int | None]] = {}
+
+    def cells(value: object) -> int | None:
+        if not isinstance(value, Tensor) or value.ndim != 4:
+            return None
+        height, width = _channels_first(value, size).shape[2:]
+        return int(height * width)
+
+    def note(name: str, inputs: object, output: Tensor) -> None:
+        first = inputs[0] if isinstance(inputs, tuple) and inputs else None
+        grids[name] = (cells(first), cells(output))
+
+    outputs, _ = _trace(module, example, note)
+    ends: dict[int, str] = {}
+    for name in outputs:
+        grid = grids[name][1]
+        parts = name.split(".")
+        holders = (".".join(parts[:depth]) for depth in range(1, len(parts)))
+        within = (grids.get(holder, (None, None)) for holder in holders)
+        leaving = any(taken == grid and given != grid for taken, given in within)
+        if grid is not None and grid > 1 and not leaving:
+            ends[grid] = name
+    return [ends[grid] for grid in sorted(ends, reverse=True)]
+
+
+def _trace(
+    module: nn.Module, example: Tensor, note: Callable[[str, object, Tensor], None] | None = None
+) -> tuple[dict[str, Tensor], Tensor]:
     """Run once and keep every submodule's tensor output, in the order in which they finished."""
     outputs: dict[str, Tensor] = {}
 
     def keep(name: str) -> Callable[..., None]:
-        def hook(_module: nn.Module, _inputs: object, output: object) -> None:
+        def hook(_module: nn.Module, inputs: object, output: object) -> None:
             if isinstance(output, tuple | list) and output:
                 output = output[0]
             if isinstance(output, Tensor):
                 outputs.pop(name, None)
                 outputs[name] = output
+                if note is not None:
+                    note(name, inputs, output)
 
         return hook
 
@@ -191,13 +259,17 @@ def _is_windowed(module: nn.Module) -> bool:
 
 def middle_block(module: nn.Module) -> str | None:
     """The block halfway up a plain vision transformer, such as the 6th of 12; None for other networks."""
+    names = block_names(module)
+    return names[(len(names) + 1) // 2 - 1] if names else None
+
+
+def block_names(module: nn.Module) -> list[str]:
+    """The blocks of a plain vision transformer, first to last; none for other networks."""
     tokens = _token_layout(module)
     if tokens is None:
-        return None
-    last = tokens[0].rpartition(".")[0]
-    blocks = last.rpartition(".")[0]
-    names = [name for name, _ in module.get_submodule(blocks).named_children()]
-    return f"{blocks}.{names[(len(names) + 1) // 2 - 1]}"
+        return []
+    blocks = tokens[0].rpartition(".")[0].rpartition(".")[0]
+    return [f"{blocks}.{name}" for name, _ in module.get_submodule(blocks).named_children()]
 
 
 def _token_layout(module: nn.Module) -> tuple[str, tuple[int, int]] | None:

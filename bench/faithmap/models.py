@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from faithmap.errors import RequestError, nearest
-from faithmap.layers import Anatomy, Reshape, as_features, find_anatomy
+from faithmap.layers import Anatomy, Reshape, as_features, find_anatomy, layer_at
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -119,6 +119,7 @@ class Model(nn.Module):
         self._reshape = reshape
         self._family = family
         self._anatomy: Anatomy | None = None
+        self._places: dict[str, str] = {}
         self._digest = self._weights_digest = ""
         self.eval()
 
@@ -194,12 +195,18 @@ class Model(nn.Module):
         return self.anatomy.layer
 
     def layer(self, name: str | None = None) -> nn.Module:
-        """The module of that dotted name; the target layer by default.
+        """The module of that dotted name, or at that depth; the target layer by default.
+
+        Args:
+            name: a dotted name, or a place such as "stage:-2" or "block:9/12"; see
+                `faithmap.layers.layer_at`.
 
         Raises:
             RequestError: there is no such layer; the nearest are suggested.
         """
         wanted = name or self.target_layer
+        if ":" in wanted:
+            wanted = self._layer_at(wanted)
         try:
             return self.module.get_submodule(wanted)
         except AttributeError:
@@ -207,6 +214,16 @@ class Model(nn.Module):
             raise RequestError(
                 f"model '{self.name}' has no layer '{wanted}'; {nearest(wanted, names)}"
             ) from None
+
+    def _layer_at(self, place: str) -> str:
+        """The dotted name of the layer at a depth, looked for once."""
+        if place not in self._places:
+            example = torch.zeros(1, 3, *self.input_size, device=self.device)
+            try:
+                self._places[place] = layer_at(self.module, self.normalise(example), place)
+            except RequestError as error:
+                raise RequestError(f"model '{self.name}': {error}") from error
+        return self._places[place]
 
     def features(
         self, output: object, name: str | None = None, size: tuple[int, int] | None = None
