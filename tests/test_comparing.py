@@ -7,12 +7,15 @@ import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import pytest
+from fits import typed
 
+import faithmap
 import slow_comparison
 import slow_rows
 from faithmap import comparing, stats
@@ -20,6 +23,7 @@ from faithmap.comparing import Comparison, Section, chosen_figures, compare
 from faithmap.errors import RequestError
 from faithmap.evidence import read_evidence
 from faithmap.publications import publication
+from faithmap.records import canonical_json
 from faithmap.report.comparison import comparison_table, render_comparison, requested
 
 N = 40
@@ -283,6 +287,50 @@ class TestReadings:
         assert section.missing["auc_d"] == "not measured (auc_d@label, auc_d)"
 
 
+ALPHAS = {  # label -> what differs from scan's defaults
+    "scan[alpha=2]": {"alpha": 2.0},
+    "scan": {},
+    "mine": {"alpha": 8.0, "width": 0.25},
+    "scan[alpha=16]": {"alpha": 16.0},
+    "scan[alpha=8,blur=0]": {"alpha": 8.0, "blur": 0.0},
+}
+
+
+class TestSettings:
+    """An ablation: lines of one explainer, each a printed setting by its parameters."""
+
+    def run(self, lines: Mapping[str, Mapping[str, Any]]) -> tuple[pd.DataFrame, dict[str, Any]]:
+        """Rows and manifest of lines of `scan`, in falling order."""
+        defaults = {"alpha": 4.0, "layer": None, "percentile": 95.0, "mask": "gradient", "blur": 1.0,
+                    "squash": "sine", "width": 1.0, "fitted": "auto"}  # fmt: skip
+        rows, made = planted(falling(list(lines))), manifest(list(lines))
+        for label, params in lines.items():
+            made["explainers"][label] |= {"name": "scan", "params": {**defaults, **params}}
+        written = {label: canonical_json(made["explainers"][label]["params"]) for label in lines}
+        return rows.assign(params=rows["explainer"].map(written), explainer="scan"), made
+
+    def test_lines_are_found_by_what_defines_the_setting(self) -> None:
+        found = only(sections(*self.run(ALPHAS), "scan-2026:table6"))
+        assert {beside.method: beside.label for beside in found.methods} == {
+            "scan (alpha=4)": "scan", "scan (alpha=8)": "mine", "scan (alpha=2)": "scan[alpha=2]",
+            "scan (alpha=16)": "scan[alpha=16]",
+        }  # fmt: skip
+        assert [beside.published for beside in found.methods] == [37.29, 35.82, 35.26, 31.20]
+        assert not found.absent
+
+    def test_settings_without_a_line_are_named(self) -> None:
+        found = only(sections(*self.run({**ALPHAS, "mine": {"alpha": 8.0, "blur": 0.5}}), "scan-2026:table6"))
+        assert found.absent == {"scan (alpha=8)": "not in this run"}
+
+    def test_the_page_names_settings_and_doubts(self) -> None:
+        lines = {"scan": {}, "none": {"percentile": 0.0}, "flat": {"blur": 0.0}, "two": {"percentile": 40.0}}
+        text = render_comparison(sections(*self.run(lines), "scan-2026:table8", "scan-2026:table9"))
+        assert "`scan (percentile=column2-of-8)`: here `two`; " in text
+        assert "the head of the column could not be had" in text
+        assert "`scan (without-gradient-mask)`: here `none`; " in text
+        assert "several lines of this explainer" not in text
+
+
 class TestScope:
     def test_families_stand_apart(self) -> None:
         (section,) = sections(planted(falling(PRINTED)), manifest(PRINTED, family="vit"))
@@ -316,7 +364,7 @@ class TestScope:
         [
             ("scan-2062", "no figures of 'scan-2062' are kept here; did you mean 'scan-2026'"),
             ("scan-2026:table11", "'scan-2026' has no table 'table11'; did you mean 'table1'"),
-            ("scan-2026:table6", "'scan-2026:table6' cannot be set beside a board: fewer than three methods"),
+            ("scan-2026:table4", "'scan-2026:table4' cannot be set beside a board: fewer than three methods"),
             ("scan-2026:section4.1.1", "cannot be set beside a board: the model is not stated"),
             ("score-cam-2020:table2", "insertion_auc: no metric here inserts one percent"),
         ],
@@ -372,7 +420,7 @@ class TestPage:
             "but not compared: `rise` (not in this run).",
             "- `neg_auc`: not measured (neg\\_auc@label, neg\\_auc).",
             "- not measured (ms\\_per\\_image): `scan-2026:table5`, ResNet50V2 on ImageNet.",
-            "- fewer than three methods in the table: `scan-2026:table4`, `scan-2026:table6`,",
+            "- fewer than three methods in the table: `scan-2026:table4`.",
             "- the model there is a vision transformer, here a CNN: `scan-2026:table1`, ViT-B/16 on ImageNet",
         ):
             assert said in text, said
@@ -396,3 +444,44 @@ class TestPage:
         table = comparison_table(found)
         assert table.row_count == sum(len(section.comparisons) for section in found) == 3
         assert [column.header.plain for column in table.columns][-3:] == ["Agree", "Disagree", "Not decided"]  # type: ignore[union-attr]
+
+
+class TestInARun:
+    """`published` in a request: the run ends beside the tables that it names."""
+
+    def request(self, **changes: Any) -> dict[str, Any]:
+        return {
+            "run": {"limit": 8, "own_nulls": [], "null_draws": 1, "threads": 1},
+            "models": [{"name": "shapes/resnet"}],
+            "datasets": [{"name": "shapes"}],
+            "explainers": [{"name": name} for name in ("gradcam++", "layercam", "xgradcam")],
+            "metrics": [{"name": "perturbation"}],
+            "published": [TABLE],
+            **changes,
+        }
+
+    def test_the_page_stands_beside_the_board(self, tmp_path: Path) -> None:
+        done = faithmap.run(self.request(), out=tmp_path / "run", figures=False)
+        page = (tmp_path / "run" / "published.md").read_text()
+        assert tmp_path / "run" / "published.md" in done.written
+        assert "| 1 | `layercam` | 36.27 |" in page and "scan-2026:table3" not in page
+        code, _ = typed("leaderboard", tmp_path / "run", "--out", tmp_path / "again")
+        assert code == 0
+        assert (tmp_path / "again" / "published.md").read_text() == page
+
+    @pytest.mark.parametrize(
+        ("published", "sentence"),
+        [
+            ("scan-2026", "published must list sources or tables"),
+            ([1], "published must list sources or tables"),
+            (["scan-2027"], "no figures of 'scan-2027' are kept here"),
+            (["scan-2026:table4"], "cannot be set beside a board"),
+        ],
+    )
+    def test_a_wrong_name_is_refused_before_anything_runs(
+        self, tmp_path: Path, published: Any, sentence: str
+    ) -> None:
+        with pytest.raises(RequestError) as caught:
+            faithmap.run(self.request(published=published), out=tmp_path / "run")
+        assert sentence in str(caught.value)
+        assert not (tmp_path / "run").exists()

@@ -82,6 +82,7 @@ def test_a_plugin_takes_such_a_layer() -> None:
         ("shapes/resnet", "block:1/2", "the model is no plain vision transformer; write 'stage:-1'"),
         ("shapes/resnet", "stage:-9", "the model has 3 grids of features"),
         ("shapes/resnet", "stage:2", "expected the dotted name of a layer, 'block:9/12'"),
+        ("shapes/vit", "stage:-1", "the model is a vision transformer; write 'block:1/2'"),
         ("shapes/vit", "block:3/2", "expected the dotted name of a layer"),
         ("shapes/vit", "block:0/2", "expected the dotted name of a layer"),
         ("shapes/vit", "stage:-0", "expected the dotted name of a layer"),

@@ -91,7 +91,7 @@ def test_a_dry_run_says_so_and_fits_nothing(tmp_path: Path, home: Path) -> None:
     )
     code, said = typed("run", file, "--dry-run")
     assert code == 0, said
-    assert "toy-fitted is fitted first, to shapes/resnet, on 12 images of shapes" in said
+    assert "shapes/resnet: 1 fit first, on 12 images of shapes (toy-fitted); neither" in said
     assert not home.exists()
 
 

@@ -61,6 +61,8 @@ def run(
         config, out=out, observer=progress.observer(errors), fresh=fresh, engine=engine, save_maps=save_maps
     )
     print_summary(done.path, console)
+    if config.published:
+        boards.compare([done.path], config.published, None, console)
     console.print(f"done in {progress.clock(time.monotonic() - started)}", highlight=False)
     for line in boards.unfitted(done.path):
         errors.print(line, markup=False, highlight=False, soft_wrap=True)

@@ -20,8 +20,8 @@ Part = Literal["eval", "dev", "all"]
 Precision = Literal["fp32", "bf16"]
 Target = Literal["predicted", "label", "second"]
 OwnNull = Literal["swapped", "rolled"]
-SECTIONS = ("run", "models", "datasets", "explainers", "metrics", "fits")
-LISTS = SECTIONS[1:]
+SECTIONS = ("run", "models", "datasets", "explainers", "metrics", "fits", "published")
+LISTS = SECTIONS[1:-1]
 DEFAULT_PRESET = "quickstart"
 #: Parameters that name files or folders; a relative one is relative to the TOML file.
 PATH_KEYS = ("weights", "root", "index", "class_map")
@@ -71,6 +71,8 @@ class Config(BaseModel):
 
     An empty `metrics` means every metric that the dataset can serve. `fits` say by the name of an
     explainer how the run fits it to each model where that has not been done; see `faithmap.requested_fits`.
+    `published` names figures (`SOURCE` or `SOURCE:TABLE`) that the outcome is set beside; see
+    `faithmap.comparing`.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, arbitrary_types_allowed=True)
@@ -82,6 +84,7 @@ class Config(BaseModel):
     explainers: tuple[Spec, ...] = ()
     metrics: tuple[Spec, ...] = ()
     fits: tuple[Spec, ...] = ()
+    published: tuple[str, ...] = ()
 
     @field_serializer("models", "datasets", "explainers", "metrics", "fits")
     def _plain(self, specs: tuple[Spec, ...]) -> list[dict[str, Any]]:
@@ -185,7 +188,11 @@ def from_mapping(content: Mapping[str, Any], name: str, where: str, base: Path |
             lists[key] = _specs(content[key], key, where, base)
         elif default is not None and key not in ("metrics", "fits"):
             lists[key] = getattr(default, key)
-    return Config(name=name, run=run_settings({**defaults, **run}, where), **lists)
+    published = content.get("published", [])
+    if not isinstance(published, list | tuple) or not all(isinstance(entry, str) for entry in published):
+        raise RequestError(f'{where}: published must list sources or tables, such as ["scan-2026:table1"]')
+    settings = run_settings({**defaults, **run}, where)
+    return Config(name=name, run=settings, published=tuple(published), **lists)
 
 
 def run_settings(values: Mapping[str, Any], where: str) -> RunSettings:

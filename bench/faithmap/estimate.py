@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from faithmap.config import Config
 from faithmap.data import check_labels
 from faithmap.plan import Grid, make_grid
+from faithmap.report._format import count
 from faithmap.runner import apply_settings, make_groups, resolve_settings
 from faithmap.units import Group, run_shard
 
@@ -56,12 +57,19 @@ def estimate(config: Config) -> Estimate:
 
 def _fits(grid: Grid) -> list[str]:
     """What the run fits before it begins, whose cells are not measured here."""
-    return [
-        f"{use.label} is fitted first, to {name}, on {len(asked.samples)} images of {asked.dataset.label}; "
-        "neither the fit nor its maps are in the figures below"
-        for use in grid.explainers
-        for name, asked in use.wanted.items()
-    ]
+    lines = []
+    for model in grid.models:
+        asked = [(use.label, use.wanted[model.name]) for use in grid.explainers if model.name in use.wanted]
+        # Variants that differ in explaining alone share a fit.
+        names = {training.key: label for label, training in reversed(asked)}
+        for dataset in dict.fromkeys(training.dataset.label for _, training in asked):
+            fits = [training for _, training in asked if training.dataset.label == dataset]
+            labels = [names[key] for key in dict.fromkeys(training.key for training in fits)]
+            lines.append(
+                f"{model.name}: {count(len(labels), 'fit')} first, on {len(fits[0].samples)} images of "
+                f"{dataset} ({', '.join(labels)}); neither these nor their maps are in the figures below"
+            )
+    return lines
 
 
 def _measure(group: Group) -> tuple[float, float]:

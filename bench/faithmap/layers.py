@@ -166,6 +166,8 @@ def layer_at(module: nn.Module, example: Tensor, place: str) -> str:
             raise RequestError(f"layer '{place}': the model is no plain vision transformer; write 'stage:-1'")
         return names[math.ceil(len(names) * int(block[1]) / int(block[2])) - 1]
     if stage and int(stage[1]) > 0:
+        if block_names(module):
+            raise RequestError(f"layer '{place}': the model is a vision transformer; write 'block:1/2'")
         ends = stage_ends(module, example)
         if int(stage[1]) > len(ends):
             raise RequestError(f"layer '{place}': the model has {len(ends)} grids of features")

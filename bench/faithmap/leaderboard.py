@@ -19,11 +19,13 @@ import numpy as np
 import pandas as pd
 
 from faithmap.columns import BEATS, DERIVED_AFTER, board_columns, fills, ordered_scores
+from faithmap.comparing import chosen_figures, compare
 from faithmap.evidence import Evidence, read_evidence
 from faithmap.records import PRIMARY_SCORE
 from faithmap.report import figures as drawing
 from faithmap.report import markdown
 from faithmap.report._format import rank_text, records
+from faithmap.report.comparison import render_comparison
 from faithmap.standing import (
     Reversal,
     build_lines,
@@ -33,6 +35,8 @@ from faithmap.standing import (
     win_field,
 )
 
+#: The page of a board beside published figures.
+BESIDE = "published.md"
 _COUNTS = ("n", "failed", "empty", "rank", "rank_low", "rank_high")
 _TEXTS = ("model", "dataset", "explainer", "tied_with", "status")
 
@@ -142,6 +146,8 @@ def write_boards(
 ) -> list[Path]:
     """Write `leaderboard.csv`, `leaderboard.md` and `figures/*.png`; returns the paths written.
 
+    Where the request names published figures, `published.md` sets the board beside them.
+
     Each file appears whole or not at all, and equal rows and manifest give equal bytes.
     """
     out = Path(out_dir)
@@ -159,6 +165,9 @@ def write_boards(
         board, [_facts(cell) for cell in cells], manifest, across=across_cells(board), figures=shown
     )
     contents["leaderboard.md"] = text.encode()
+    wanted = manifest.get("config", {}).get("published", ())
+    if wanted:
+        contents[BESIDE] = render_comparison(compare(cells, chosen_figures(wanted))).encode()
     return [_write_atomic(out / name, content) for name, content in contents.items()]
 
 

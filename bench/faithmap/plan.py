@@ -45,7 +45,23 @@ class ExplainerUse:
 
     def skip(self, model: Model, gives: frozenset[str]) -> str:
         """Why it does not explain a model here; empty where it does."""
-        return undefined(self.plugin, model, gives) or self.unfitted.get(model.name, "")
+        return (
+            undefined(self.plugin, model, gives) or self.misplaced(model) or self.unfitted.get(model.name, "")
+        )
+
+    def misplaced(self, model: Model) -> str:
+        """Why a model has no layer at the depth that is asked for; empty where it has.
+
+        Depths are those of a family of models, which a request may mix; a dotted name that is not there is
+        a mistake and refused.
+        """
+        layer = self.params.get("layer")
+        if isinstance(layer, str) and ":" in layer:
+            try:
+                model.layer(layer)
+            except RequestError as error:
+                return str(error)
+        return ""
 
     def files_key(self) -> dict[str, str]:
         """SHA-256 of each file: its content is part of what the maps depend on, its place is not."""
@@ -124,7 +140,7 @@ def _with_fits(
     unfitted: dict[str, str] = {}
     wanted: dict[str, Training] = {}
     for model in models:
-        if undefined(use.plugin, model, use.plugin.facts.needs):
+        if undefined(use.plugin, model, use.plugin.facts.needs) or use.misplaced(model):
             continue
         try:
             if recipe is not None and use.params.get(FITTED, AUTO) == AUTO:

@@ -3,7 +3,8 @@
 The files lie in `published/`. One CSV for each source holds its figures as printed, `mapping.csv` says
 what each column means; the others are the reading aids of this package: which paper a source is
 (`sources.csv`), which of our scores answers a column, the best reading first (`readings.csv`), which
-explainer a printed name is (`methods.csv`), what models and images are (`models.csv`, `datasets.csv`),
+explainer a printed name is (`methods.csv`), with which parameters the lines of an ablation are one
+(`settings.csv`), what models and images are (`models.csv`, `datasets.csv`),
 and what else a reader should know of a table or a column (`notes.csv`). Nothing here loads torch.
 """
 
@@ -28,6 +29,7 @@ _HEADERS = {
     "mapping": ("source", "column", "metric", "variant", "direction", "certainty"),
     "readings": ("source", "column", "score", "metric", "params", "reading"),
     "methods": ("source", "method", "explainer", "note"),
+    "settings": ("source", "table", "setting", "explainer", "params", "note"),
     "models": ("model", "name", "family", "same_as"),
     "datasets": ("dataset", "name", "images", "registry"),
     "notes": ("source", "table", "column", "note"),
@@ -78,6 +80,8 @@ class Method:
     name: str
     explainer: str
     note: str
+    #: In an ablation: the parameters that make a line of a run this one. None: any will do.
+    params: Mapping[str, Any] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -198,23 +202,28 @@ def read_publications(folder: Traversable) -> dict[str, Publication]:
     models = {line["model"]: _model(line) for _, line in tables["models"]}
     images = {line["dataset"]: _images(where, line) for where, line in tables["datasets"]}
     sources = {line["source"]: line for _, line in tables["sources"]}
-    for name in ("mapping", "readings", "methods", "notes"):
+    owned = ("mapping", "readings", "methods", "settings", "notes")
+    for name in owned:
         for where, line in tables[name]:
             _known(where, "source", line["source"], sources)
     found = {}
     for source, line in sources.items():
         own = {
             name: [(where, entry) for where, entry in tables[name] if entry["source"] == source]
-            for name in ("mapping", "readings", "methods", "notes")
+            for name in owned
         }
         columns = _columns(own["mapping"], own["readings"])
         methods = {entry["method"]: _method(where, entry) for where, entry in own["methods"]}
+        settings = {
+            (entry["table"], entry["setting"]): _variant(where, entry, methods)
+            for where, entry in own["settings"]
+        }
         found[source] = Publication(
             name=source,
             **{key: line[key] for key in _HEADERS["sources"][2:]},
             columns=columns,
-            methods=methods,
-            figures=_figures(folder / line["file"], source, columns, methods, models, images),
+            methods=methods | {variant.name: variant for variant in settings.values()},
+            figures=_figures(folder / line["file"], source, columns, methods, settings, models, images),
             notes=tuple((entry["table"], entry["column"], entry["note"]) for _, entry in own["notes"]),
         )
     return found
@@ -255,6 +264,14 @@ def _method(where: str, line: Mapping[str, str]) -> Method:
     if not line["explainer"] and not line["note"]:
         raise FaithmapError(f"{where}: '{line['method']}' needs an explainer, or a note that says why none")
     return Method(line["method"], line["explainer"], line["note"])
+
+
+def _variant(where: str, line: Mapping[str, str], methods: Mapping[str, Method]) -> Method:
+    """A setting of an ablation, as a method of its own."""
+    _known(where, "method", line["explainer"], methods)
+    method = methods[line["explainer"]]
+    name = f"{line['explainer']} ({line['setting']})"
+    return Method(name, method.explainer, line["note"], _params(where, line["params"]))
 
 
 def _model(line: Mapping[str, str]) -> PublishedModel:
@@ -313,10 +330,14 @@ def _figures(
     source: str,
     columns: Mapping[str, Column],
     methods: Mapping[str, Method],
+    settings: Mapping[tuple[str, str], Method],
     models: Mapping[str, PublishedModel],
     images: Mapping[str, PublishedImages],
 ) -> tuple[Figures, ...]:
-    """The figures of one source, grouped as they may be compared."""
+    """The figures of one source, grouped as they may be compared.
+
+    The settings of an ablation stand beside each other, as methods do elsewhere.
+    """
     groups: dict[tuple[str, str, str, str], dict[str, dict[str, float]]] = {}
     units: dict[tuple[str, str, str, str], dict[str, str]] = {}
     for where, line in _lines(file, _FIGURES):
@@ -324,11 +345,13 @@ def _figures(
         known = (("metric", columns), ("explainer", methods), ("model", models), ("dataset", images))
         for key, names in known:
             _known(where, key, line[key], cast("Mapping[str, object]", names))
-        place = (line["table"], line["model"], line["dataset"], line["setting"])
+        variant = settings.get((line["table"], line["setting"]))
+        name, setting = (line["explainer"], line["setting"]) if variant is None else (variant.name, "")
+        place = (line["table"], line["model"], line["dataset"], setting)
         column = groups.setdefault(place, {}).setdefault(line["metric"], {})
-        if line["explainer"] in column:
-            raise FaithmapError(f"{where}: '{line['explainer']}' has a value in this place already")
-        column[line["explainer"]] = _number(where, "value", line["value"])
+        if name in column:
+            raise FaithmapError(f"{where}: '{name}' has a value in this place already")
+        column[name] = _number(where, "value", line["value"])
         units.setdefault(place, {})[line["metric"]] = line["unit"]
     return tuple(
         Figures(source, table, models[model], images[dataset], setting, columns_here, units[place])

@@ -13,6 +13,7 @@ import torch
 
 from faithmap import reliability
 from faithmap import store as storage
+from faithmap.comparing import chosen_figures
 from faithmap.config import Config, load_config
 from faithmap.data import check_labels, shards
 from faithmap.engine import Observer, Silent, check_engine, run_local
@@ -94,6 +95,7 @@ def run(
     """
     check_engine(engine)
     grid = make_grid(load_config(config), models)
+    chosen_figures(grid.config.published)  # raises where there is no such table
     for model in grid.models:
         for dataset, samples in grid.datasets:
             check_labels(dataset, samples, model)

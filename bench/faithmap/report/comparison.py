@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from faithmap.columns import base_score, column_of, is_time
-from faithmap.comparing import Comparison, Pair, Section, Verdict, names_of_images, never
+from faithmap.comparing import Beside, Comparison, Pair, Section, Verdict, names_of_images, never
 from faithmap.report._format import ARROWS, code, count, known, number, table
 from faithmap.report._provenance import plain
 
@@ -38,9 +38,11 @@ _INTRODUCTION = (
 )
 _LEGEND = (
     "Rows are in the published order. *Published* is as printed, *Measured* as on the board with its 95% "
-    "interval (times: median and quartiles), *Place* the place among these methods. The numbered columns "
-    f"hold the pair with the method of that number: {_SIGNS['agree']} both orders agree, "
-    f"{_SIGNS['disagree']} they disagree, {_SIGNS['undecided']} not decided here, {_TIED} printed as equal. "
+    "interval (times: median and quartiles), *Difference* the measured value less the printed one with the "
+    "same interval (no error of either: models and images are others), *Place* the place among these "
+    f"methods. The numbered columns hold the pair with the method of that number: {_SIGNS['agree']} both "
+    f"orders agree, {_SIGNS['disagree']} they disagree, {_SIGNS['undecided']} not decided here, "
+    f"{_TIED} printed as equal. "
     "Under each heading stands how the published column is read, in parentheses how sure that is. *Another "
     "reading*: the run has not measured what the column means, but a kin of it."
 )
@@ -180,7 +182,8 @@ def _remarks(section: Section) -> list[str]:
         if given:
             said.append("run with " + ", ".join(f"{key} = {value}" for key, value in given.items()))
         method = section.publication.methods[beside.method]
-        if sum(facts.get("name") == method.explainer for facts in explainers.values()) > 1:
+        alike = sum(facts.get("name") == method.explainer for facts in explainers.values())
+        if alike > 1 and method.params is None:
             said.append("the first of several lines of this explainer")
         if method.note:
             said.append(method.note)
@@ -259,12 +262,19 @@ def _table_of(section: Section, comparison: Comparison) -> str:
         pairs = [marks[other, beside.method] for other in names[:place]]
         rows.append([
             str(place + 1), code(beside.method), f"{beside.published:g}", f"{number(score, value)}{ends}",
-            str(beside.published_place), str(beside.measured_place),
+            _difference(beside), str(beside.published_place), str(beside.measured_place),
             *pairs, *[""] * (len(names) - 1 - place),
         ])  # fmt: skip
-    header = ["", "Method", "Published", "Measured", "Place there", "Place here",
+    header = ["", "Method", "Published", "Measured", "Difference", "Place there", "Place here",
               *(str(place) for place in range(1, len(names)))]  # fmt: skip
     return table(header, rows, left=2)
+
+
+def _difference(beside: Beside) -> str:
+    """Measured less published, with the interval of what was measured."""
+    value, low, high = (end - beside.published for end in beside.measured)
+    ends = f"<br><sub>[{_signed(low, 1)},&nbsp;{_signed(high, 1)}]</sub>" if known(low) else ""
+    return f"{_signed(value, 1)}{ends}"
 
 
 def _mark(pair: Pair) -> str:
