@@ -76,6 +76,13 @@ def test_a_plugin_takes_such_a_layer() -> None:
     assert not torch.equal(deep, faithmap.explain(model, images, explainer="gradcam", layer="stage:-2"))
 
 
+def test_a_model_may_be_given_one_as_its_target_layer() -> None:
+    model = faithmap.load_model("shapes/resnet", layer="stage:-2")
+    assert (model.target_layer, model.grid) == ("layer1", (24, 24))
+    with pytest.raises(RequestError, match="has 3 grids"):
+        faithmap.load_model("shapes/resnet", layer="stage:-7").target_layer  # noqa: B018
+
+
 @pytest.mark.parametrize(
     ("model", "place", "sentence"),
     [

@@ -105,7 +105,7 @@ def find_anatomy(
     Args:
         module: the network, in evaluation mode, taking normalised images.
         example: one image (1, 3, H, W), as the network takes it.
-        layer: a dotted module name that takes the place of the one found.
+        layer: a dotted module name, or a place as `layer_at` takes it, instead of the one found.
         reshape: turns that layer's output into (B, C, h, w).
         family: "cnn" or "vit" where the user knows better.
 
@@ -118,6 +118,8 @@ def find_anatomy(
             "the network has no classification head (num_classes=0), so there is no class to explain; "
             "give it one, with kwargs such as {num_classes = 1000} and weights that were trained with it"
         )
+    if layer is not None and ":" in layer:
+        layer = layer_at(module, example, layer)
     tokens = _token_layout(module)
     found_family = family or ("vit" if tokens is not None or _is_windowed(module) else "cnn")
     if layer is None and tokens is not None:

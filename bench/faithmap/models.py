@@ -68,7 +68,7 @@ class Model(nn.Module):
         mean: per-channel mean that the network's normalisation subtracts.
         std: per-channel standard deviation that it divides by.
         input_size: side in pixels, or (height, width), of the images it was trained for.
-        target_layer: dotted name of the layer that CAMs look at, or the module itself; found by
+        target_layer: dotted name of the layer that CAMs look at, its depth ("stage:-2"), or itself; found by
             itself for CNNs and the usual vision transformers.
         reshape: turns that layer's output into (B, C, h, w); found likewise.
         name: the name on boards.
