@@ -9,14 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path, PurePath
 
 from faithmap import dataset
-from faithmap.class_map import ClassMap, read_label, read_rows
+from faithmap.class_map import ClassMap, names_by_label, read_label, read_rows
 from faithmap.errors import RequestError, nearest
 from faithmap.pictures import SUFFIXES, Box, Picture, file_size
 from faithmap.records import Sample, SampleList, digest
 
 BOX_FORM = "'x0,y0,x1,y1' in pixels of the stored image with x0 <= x1 and y0 <= y1, several joined by ';'"
-#: Labels beyond this get no entry in the list of names, which is as long as the largest label.
-MOST_CLASSES = 100_000
 
 
 @dataset(
@@ -170,11 +168,10 @@ def _samples(root: Path, entries: list[Entry]) -> SampleList:
             f"give root = {below[0] if below else 'the folder that the paths start from'}"
         )
     content = sorted((entry.id, sizes[entry.id], entry.label, entry.boxes) for entry in entries)
-    names = {entry.label: entry.name for entry in entries if entry.name and entry.label < MOST_CLASSES}
     return SampleList(
         (_sample(entry) for entry in entries),
         revision=digest(content),
-        class_names=[names.get(label, "") for label in range(max(names) + 1)] if names else None,
+        class_names=names_by_label({entry.label: entry.name for entry in entries if entry.name}),
     )
 
 

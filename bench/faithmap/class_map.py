@@ -12,6 +12,9 @@ from typing import Any
 
 from faithmap.errors import RequestError, nearest
 
+#: Labels beyond this get no entry in the list of names, which is as long as the largest label.
+MOST_CLASSES = 100_000
+
 
 @dataclass(frozen=True, slots=True)
 class ClassMap:
@@ -68,6 +71,16 @@ def _csv_pairs(file: Path) -> Iterator[tuple[str, int]]:
     for line, row in read_rows(file, "class map", ("label",)):
         index = read_label(row["label"], f"class map {file}, line {line}")
         yield from ((name, index) for column, name in row.items() if column != "label" and name)
+
+
+def names_by_label(names: Mapping[int, str]) -> list[str] | None:
+    """A list in which the name of each label stands at its place, blank between; None where there is none.
+
+    >>> names_by_label({0: "ant", 2: "zebra"})
+    ['ant', '', 'zebra']
+    """
+    kept = {label: name for label, name in names.items() if name and label < MOST_CLASSES}
+    return [kept.get(label, "") for label in range(max(kept) + 1)] if kept else None
 
 
 def read_label(text: str, where: str) -> int:
