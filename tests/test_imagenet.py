@@ -321,11 +321,10 @@ def test_its_facts() -> None:
 def test_photographs_in_the_official_layout(tmp_path: Path) -> None:
     """Labels as the photographs' own table has them; the oracle's box holds all of its own energy."""
     import faithmap
-    from faithmap.runner import Run
 
     root = tmp_path / "imagenet"
-    table = Path(DATA) / "imagenet_val.csv"
-    rows = list(csv.DictReader(table.open(encoding="utf-8", newline="")))[::16]
+    table = (Path(DATA) / "imagenet_val.csv").read_text(encoding="utf-8")
+    rows = list(csv.DictReader(table.splitlines()))[::16]
     truths, labels = {}, {}
     for row in rows:
         source = Path(DATA) / "imagenet_val" / row["path"]
@@ -348,10 +347,9 @@ def test_photographs_in_the_official_layout(tmp_path: Path) -> None:
         "explainers": [{"name": "oracle"}],
         "metrics": [{"name": "energy-pointing-game"}],
     }  # fmt: skip
-    run: Run = faithmap.run(config, out=tmp_path / "run")
-    found = run.rows()
+    found = faithmap.run(config, out=tmp_path / "run").rows()
     scored = found[
         (found["explainer"] == "oracle") & found["value"].notna() & (found["metric"] == "energy_pg")
     ]
-    assert len(scored) > len(rows) / 3
+    assert len(scored) >= 10
     assert (scored["value"] - 100).abs().max() <= 0.1
