@@ -10,6 +10,7 @@ import tarfile
 from pathlib import Path
 
 import numpy as np
+import PIL.Image
 import pytest
 import torch
 from official import annotation, build, devkit, drawn, photograph
@@ -264,6 +265,14 @@ class TestBoxes:
         file.write_bytes(file.read_bytes()[:300])
         with pytest.raises(DataError, match=r"00000003"):
             prepare(build("imagenet", root=flat)[0], Transform((32, 32)))
+
+    @pytest.mark.parametrize(("mode", "colour"), [("L", 255), ("CMYK", (0, 0, 0, 0))])
+    def test_grey_and_cmyk_files_are_read_as_colours(self, flat: Path, mode: str, colour: object) -> None:
+        """Both occur among the validation images."""
+        file = flat / "ILSVRC2012_img_val" / f"{name(12)}.JPEG"
+        PIL.Image.new(mode, (64, 64), colour).save(file, "JPEG")  # type: ignore[arg-type]
+        prepared = prepare(build("imagenet", root=flat)[2], Transform((64, 64), 1.0))
+        assert prepared.image.min() > 0.99
 
 
 class TestRefusals:
