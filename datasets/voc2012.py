@@ -155,7 +155,7 @@ def _top(root: str | Path | None, download: bool) -> Path:
 def _fetch(top: Path) -> None:
     from torchvision.datasets import VOCDetection
 
-    if os.environ.get("HF_HUB_OFFLINE") == "1":
+    if os.environ.get("HF_HUB_OFFLINE", "").lower() in ("1", "true", "yes", "on"):
         raise RequestError(f"{top} holds no {FOLDER}, and nothing is fetched offline; {HOW_TO_GET}")
     try:
         VOCDetection(str(top), year="2012", image_set="val", download=True)

@@ -25,8 +25,8 @@ LISTS = SECTIONS[1:]
 DEFAULT_PRESET = "quickstart"
 #: Parameters that name files or folders; a relative one is relative to the TOML file.
 PATH_KEYS = ("weights", "root", "index", "class_map", "annotations", "devkit")
-#: Parameters of datasets that say how files are come by; what is stored does not depend on them.
-FETCH_KEYS = ("download",)
+#: Parameters of datasets that say how the data come to be here, not what they are.
+PLACE_KEYS = (*PATH_KEYS, "download")
 #: Parameters of explainers that hold a word or the path of a file.
 FILE_KEYS = ("statistics", "weights", "fitted")
 
