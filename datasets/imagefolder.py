@@ -2,24 +2,19 @@
 
 from __future__ import annotations
 
-import csv
-import io
-import json
 import math
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path, PurePath
-from typing import Any
 
 from faithmap import dataset
+from faithmap.class_map import ClassMap, names_by_label, read_label, read_rows
 from faithmap.errors import RequestError, nearest
 from faithmap.pictures import SUFFIXES, Box, Picture, file_size
 from faithmap.records import Sample, SampleList, digest
 
 BOX_FORM = "'x0,y0,x1,y1' in pixels of the stored image with x0 <= x1 and y0 <= y1, several joined by ';'"
-#: Labels beyond this get no entry in the list of names, which is as long as the largest label.
-MOST_CLASSES = 100_000
 
 
 @dataset(
@@ -83,59 +78,6 @@ class Entry:
     boxes: tuple[Box, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class ClassMap:
-    """Names of classes with the model's class indices; a name may be ambiguous until it is used."""
-
-    file: Path
-    classes: Mapping[str, frozenset[int]]
-
-    @classmethod
-    def read(cls, file: Path) -> ClassMap:
-        """Read a class map from JSON or CSV."""
-        pairs = _json_pairs(file) if file.suffix.lower() == ".json" else _csv_pairs(file)
-        classes: dict[str, set[int]] = {}
-        for name, index in pairs:
-            classes.setdefault(name, set()).add(index)
-        return cls(file, {name: frozenset(indices) for name, indices in classes.items()})
-
-    def __getitem__(self, name: str) -> int:
-        found = self.classes.get(name)
-        if found is None:
-            raise RequestError(
-                f"class map {self.file} has no class '{name}'; {nearest(name, self.classes)} - add it"
-            )
-        if len(found) > 1:
-            raise RequestError(
-                f"class map {self.file} gives '{name}' the classes {sorted(found)}; "
-                "use a name that has only one"
-            )
-        return min(found)
-
-
-def _json_pairs(file: Path) -> Iterator[tuple[str, int]]:
-    try:
-        content = json.loads(_text(file, "class map"))
-    except json.JSONDecodeError as error:
-        raise RequestError(
-            f"class map {file} is not JSON: {error}; expected {{name: class index}}"
-        ) from error
-    if not isinstance(content, dict) or not content:
-        raise RequestError(f"class map {file} holds no classes; expected a JSON object {{name: class index}}")
-    for name, index in content.items():
-        if not isinstance(index, int) or isinstance(index, bool) or index < 0:
-            raise RequestError(
-                f"class map {file}: '{name}' has the class {index!r}; expected an integer from 0 on"
-            )
-        yield name, index
-
-
-def _csv_pairs(file: Path) -> Iterator[tuple[str, int]]:
-    for line, row in _rows(file, "class map", ("label",)):
-        index = _label(row["label"], f"class map {file}, line {line}")
-        yield from ((name, index) for column, name in row.items() if column != "label" and name)
-
-
 def _in_folders(root: Path, classes: ClassMap | None, split: str | None) -> list[Entry]:
     top = root / split if split else root
     if not root.is_dir() or not top.is_dir():
@@ -172,14 +114,14 @@ def _listed(file: Path, root: Path, classes: ClassMap | None, split: str | None)
             f"no such folder: {root}; give root = the folder that the paths of {file} start from"
         )
     entries: dict[str, Entry] = {}
-    for line, row in _rows(file, "index", needed):
+    for line, row in read_rows(file, "index", needed):
         if split and row["split"] != split:
             continue
         where = f"index {file}, line {line}"
         path = _path_id(row["path"], root, where)
         if path in entries:
             raise RequestError(f"{where}: the path '{path}' occurs twice; list every image once")
-        label = classes[row["label"]] if classes is not None else _label(row["label"], where)
+        label = classes[row["label"]] if classes is not None else read_label(row["label"], where)
         name = row.get("name", "") or (row["label"] if classes is not None else "")
         entries[path] = Entry(path, root / path, label, name, _boxes(row.get("boxes", ""), where))
     if not entries:
@@ -203,15 +145,6 @@ def _path_id(text: str, root: Path, where: str) -> str:
     return path.as_posix()
 
 
-def _label(text: str, where: str) -> int:
-    if not (text.isascii() and text.isdigit()):
-        raise RequestError(
-            f"{where}: the label '{text}' is no class index; expected an integer from 0 on, "
-            "or give class_map, which says what class a word stands for"
-        )
-    return int(text)
-
-
 def _boxes(text: str, where: str) -> tuple[Box, ...]:
     boxes = []
     for part in text.split(";") if text else ():
@@ -226,36 +159,6 @@ def _boxes(text: str, where: str) -> tuple[Box, ...]:
     return tuple(boxes)
 
 
-def _rows(file: Path, what: str, needed: tuple[str, ...]) -> Iterator[tuple[int, dict[str, str]]]:
-    """The rows of a CSV with the line each ends on, blanks around values removed."""
-    reader = csv.DictReader(io.StringIO(_text(file, what), newline=""))
-    columns = [column.strip() for column in reader.fieldnames or ()]
-    missing = [column for column in needed if column not in columns]
-    if missing:
-        raise RequestError(
-            f"{what} {file} has no column '{missing[0]}'; its columns are {', '.join(columns) or 'none'}, "
-            f"expected {', '.join(needed)}"
-        )
-    reader.fieldnames = columns
-    for row in reader:
-        values: Mapping[Any, Any] = row
-        if None in values or None in values.values():
-            raise RequestError(
-                f"{what} {file}, line {reader.line_num}: expected {len(columns)} values as in the first "
-                "line; put a value that holds commas in double quotes"
-            )
-        yield reader.line_num, {column: value.strip() for column, value in row.items()}
-
-
-def _text(file: Path, what: str) -> str:
-    if not file.is_file():
-        raise RequestError(f"no such file: {file}; give the path of the {what}")
-    try:
-        return file.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise RequestError(f"{what} {file} is not UTF-8: {error}; save it as UTF-8") from error
-
-
 def _samples(root: Path, entries: list[Entry]) -> SampleList:
     sizes = {entry.id: file_size(entry.path) for entry in entries}
     if all(size is None for size in sizes.values()):
@@ -265,11 +168,10 @@ def _samples(root: Path, entries: list[Entry]) -> SampleList:
             f"give root = {below[0] if below else 'the folder that the paths start from'}"
         )
     content = sorted((entry.id, sizes[entry.id], entry.label, entry.boxes) for entry in entries)
-    names = {entry.label: entry.name for entry in entries if entry.name and entry.label < MOST_CLASSES}
     return SampleList(
         (_sample(entry) for entry in entries),
         revision=digest(content),
-        class_names=[names.get(label, "") for label in range(max(names) + 1)] if names else None,
+        class_names=names_by_label({entry.label: entry.name for entry in entries if entry.name}),
     )
 
 

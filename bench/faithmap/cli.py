@@ -1,4 +1,4 @@
-"""The command line: `faithmap run`, `leaderboard`, `compare`, `explain`, `train`, `check`, `new`, and more.
+"""The command line: `faithmap run`, `leaderboard`, `compare`, `explain`, `train`, `show`, `check`, and more.
 
 Exit codes: 0 done; 1 something failed (listed, with reasons); 2 the request was wrong (one
 sentence, no traceback); 130 interrupted (run the same command again to go on).
@@ -256,6 +256,34 @@ def train(
         device=device, precision=precision, threads=threads, workers=workers,
     )  # fmt: skip
     _exit(commands.train(asked, OUT, ERR, out=out, half=half, fresh=fresh))
+
+
+@app.command()
+def show(
+    dataset: Annotated[
+        str, typer.Argument(metavar="DATASET", help="A dataset's name, as in --request or with parameters.")
+    ],
+    request: Annotated[
+        Path | None, typer.Option(help="A TOML file whose datasets and models are meant by their names.")
+    ] = None,
+    option: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="A parameter of the dataset.")
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option(help="Whose transform is shown; by default a crop of 224 from 256 pixels.")
+    ] = None,
+    part: Annotated[str, typer.Option(help="eval, dev or all.")] = "all",
+    limit: Annotated[int, typer.Option(help="Samples, balanced over the classes.")] = 16,
+    out: Annotated[
+        Path | None, typer.Option(help="The figure (.png, .pdf or .svg); by default DATASET.png.")
+    ] = None,
+    plugin: Plugins = None,
+) -> None:
+    """Draw samples of a dataset as a model sees them, with their boxes and outlines of their masks."""
+    from faithmap import commands, listing
+
+    listing.load_plugins(plugin or [])
+    _exit(commands.show(dataset, request, option or [], model, OUT, ERR, part=part, limit=limit, out=out))
 
 
 @app.command()

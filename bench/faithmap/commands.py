@@ -1,4 +1,4 @@
-"""What `faithmap run`, `faithmap train` and `faithmap explain` do, behind their flags."""
+"""What `faithmap run`, `train`, `show` and `explain` do, behind their flags."""
 
 from __future__ import annotations
 
@@ -134,6 +134,37 @@ def training(
     return Training(
         plugin, params, network, images, samples, checked, settings.part, limit, settings.seed,
         settings.precision, workers,
+    )  # fmt: skip
+
+
+def show(
+    dataset: str,
+    request: Path | None,
+    options: Sequence[str],
+    model: str | None,
+    console: Console,
+    errors: Console,
+    *,
+    part: str,
+    limit: int,
+    out: Path | None,
+) -> int:
+    """Write the figure of a dataset's first samples, boxes and masks drawn."""
+    from faithmap import showing
+    from faithmap.config import PATH_KEYS, located, parse_option
+
+    settings = load_config(None).with_run(part=part, limit=limit).run
+    spec = _of_request(request, "datasets", dataset)
+    given = located(Spec(spec.name, dict(parse_option(text) for text in options)))[1]
+    # What is typed is relative to where it is typed, whatever file names the dataset.
+    given = {
+        key: str(Path(value).absolute()) if key in PATH_KEYS and isinstance(value, str) else value
+        for key, value in given.items()
+    }
+    network = _of_request(request, "models", model) if model is not None else None
+    return showing.show(
+        spec, given, network, part=settings.part, limit=settings.limit or limit, out=out, console=console,
+        errors=errors,
     )  # fmt: skip
 
 

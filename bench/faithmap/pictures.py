@@ -54,6 +54,14 @@ class Picture:
         except Exception as error:
             raise DataError(f"{self.path} cannot be read as an image: {error}") from error
 
+    def stored_size(self) -> tuple[int, int]:
+        """(width, height) of the stored image, before any turn.
+
+        Raises:
+            DataError: the file is missing or broken.
+        """
+        return self._turn()[1]
+
     def upright_boxes(self) -> torch.Tensor:
         """The boxes (K, 4), float32, in pixels of the upright image.
 

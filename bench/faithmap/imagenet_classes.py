@@ -1,0 +1,43 @@
+"""The thousand classes of ImageNet in the order of models' outputs: sorted by WordNet id."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+
+from faithmap.errors import RequestError
+
+
+@dataclass(frozen=True)
+class ImageNetClasses:
+    """WordNet ids and words of the classes, by label, and labels by id."""
+
+    wnids: tuple[str, ...]
+    names: tuple[str, ...]
+    labels: Mapping[str, int]
+
+    def label(self, wnid: str, where: str) -> int:
+        """The label of a WordNet id; `where` says in errors what names it.
+
+        Raises:
+            RequestError: it is none of the thousand.
+        """
+        label = self.labels.get(wnid)
+        if label is None:
+            raise RequestError(
+                f"{where}: '{wnid}' is none of the WordNet ids of ImageNet's 1000 classes, "
+                f"{self.wnids[0]} to {self.wnids[-1]}"
+            )
+        return label
+
+
+@cache
+def imagenet_classes() -> ImageNetClasses:
+    """The classes as timm lists them, offline, with the words that the devkit of ILSVRC2012 has for them."""
+    from timm.data import ImageNetInfo
+
+    info = ImageNetInfo("imagenet-1k")
+    wnids = tuple(info.label_names())
+    names = tuple(info.label_name_to_description(wnid) for wnid in wnids)
+    return ImageNetClasses(wnids, names, {wnid: label for label, wnid in enumerate(wnids)})
