@@ -47,8 +47,8 @@ def two_objects(model: Model, most: int) -> tuple[Tensor, Tensor, Tensor]:
 @pytest.mark.parametrize(("name", "least"), [("shapes/resnet", 0.9), ("shapes/vit", 0.7)])
 def test_of_two_objects_each_class_has_its_own(name: str, least: float) -> None:
     model = faithmap.load_model(name)
-    images, classes, masks = two_objects(model, most=12)
-    assert len(images) == 12
+    images, classes, masks = two_objects(model, most=8)
+    assert len(images) == 8
     own, other = [], []
     for one, two in ((0, 1), (1, 0)):
         found = faithmap.explain(model, images, classes[:, one], explainer="infocam")
