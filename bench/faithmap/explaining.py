@@ -16,7 +16,8 @@ from faithmap.errors import PluginError, RequestError
 from faithmap.fitting import Fit
 from faithmap.models import Model
 from faithmap.records import Status, canonical_json
-from faithmap.registry import FITTED, Plugin
+from faithmap.registry import FITTED, REDUCED, Plugin, keyword_only
+from faithmap.resize import reduce_to_grid
 
 
 @dataclass(frozen=True)
@@ -69,8 +70,10 @@ def bind(
         fit: what an explainer that must be fitted has learnt of the model that it will be called with.
     """
     inner: Any = plugin.make({**params, **(files or {})})
-    # How a fit is named is no part of the seeds.
-    seeding = {name: value for name, value in params.items() if not (plugin.fits and name == FITTED)}
+    # How a fit is named is no part of the seeds, nor is what becomes of a map once it is made.
+    core = {REDUCED, *([FITTED] if plugin.fits else ())} - keyword_only(plugin.target).keys()
+    seeding = {name: value for name, value in params.items() if name not in core}
+    side = params.get(REDUCED) if REDUCED in core else None
     key = canonical_json([plugin.name, seeding])
     if fit is not None:
         inner = _Loading(inner, fit)
@@ -80,7 +83,7 @@ def bind(
     def call(model: Model, batch: Batch) -> Maps:
         seeded = batch.with_seed_key(key)
         if not plugin.facts.per_image:
-            return as_maps(plugin.name, inner(model, seeded), seeded)
+            return _reduced(as_maps(plugin.name, inner(model, seeded), seeded), side, model)
         maps = []
         for i in range(len(seeded)):
             single = seeded.select([i])
@@ -88,9 +91,16 @@ def bind(
                 maps.append(as_maps(plugin.name, inner(model, single), single))
             if single.notes:
                 seeded.notes[i] = single.notes[0]
-        return torch.cat(maps)
+        return _reduced(torch.cat(maps), side, model)
 
     return call
+
+
+def _reduced(maps: Maps, side: int | str | None, model: Model) -> Maps:
+    """Maps by area mean at the model's grid, or at one of so many cells a side; None leaves them."""
+    if side is None:
+        return maps
+    return reduce_to_grid(maps, model.grid if isinstance(side, str) else (side, side))
 
 
 class _Loading:

@@ -30,7 +30,7 @@ from typing import TYPE_CHECKING, Any
 from faithmap.config import write_spec
 from faithmap.errors import FaithmapError, RequestError
 from faithmap.records import digest
-from faithmap.registry import AUTO, FITTED, Plugin
+from faithmap.registry import AUTO, FITTED, REDUCED, Plugin
 from faithmap.store import write_bytes
 
 if TYPE_CHECKING:
@@ -114,7 +114,10 @@ def wants_fit(plugin: Plugin, params: Mapping[str, Any]) -> bool:
 def fit_params(plugin: Plugin, params: Mapping[str, Any]) -> dict[str, Any]:
     """The parameters that a fit depends on."""
     named = plugin.facts.fit_params
-    return {key: value for key, value in params.items() if key != FITTED and (named is None or key in named)}
+    return {
+        key: value for key, value in params.items()
+        if key not in (FITTED, REDUCED) and (named is None or key in named)
+    }  # fmt: skip
 
 
 def served_key(plugin: Plugin, params: Mapping[str, Any], model: Model) -> str:

@@ -29,6 +29,9 @@ KINDS: tuple[Kind, ...] = ("explainer", "metric", "dataset")
 BUILT_IN = "built in"
 #: The parameter that names a fit, and its value where there is only one.
 FITTED, AUTO = "fitted", "auto"
+#: The parameter that reduces one explainer's maps to a grid as soon as they are made: "model", or a side in
+#: cells. It belongs to the core; where it is not given, an explainer has no such parameter.
+REDUCED = "map_grid"
 
 
 @dataclass(frozen=True)
@@ -102,6 +105,10 @@ class Plugin:
         """
         known = self.parameters
         kind = self.facts.kind
+        core = {}
+        if kind == "explainer" and REDUCED in given and REDUCED not in known:
+            core = {REDUCED: _checked_grid(self.name, given[REDUCED])}
+            given = {key: value for key, value in given.items() if key != REDUCED}
         for key, value in given.items():
             if key not in known:
                 raise RequestError(
@@ -114,18 +121,31 @@ class Plugin:
         missing = [key for key, value in resolved.items() if value is inspect.Parameter.empty]
         if missing:
             raise RequestError(f"{kind} '{self.name}' needs the parameter '{missing[0]}'; give it a value")
-        return resolved
+        return resolved | core
 
     def make(self, params: Mapping[str, Any]) -> Callable[..., Any]:
         """Bind checked parameters: what is returned takes the positional arguments alone."""
+        # What the core reads is not handed on, unless the plugin has a parameter of that name itself.
+        core = (
+            {FITTED, REDUCED} - keyword_only(self.target).keys() if self.facts.kind == "explainer" else set()
+        )
+        own = {key: value for key, value in params.items() if key not in core}
         if inspect.isclass(self.target):
-            own = {key: value for key, value in params.items() if not (self.fits and key == FITTED)}
             return cast("Callable[..., Any]", self.target(**own))
 
         def bound(*args: Any) -> Any:
-            return self.target(*args, **params)
+            return self.target(*args, **own)
 
         return bound
+
+
+def _checked_grid(name: str, value: Any) -> Any:
+    """A grid that maps may be reduced to."""
+    if value == "model" or (isinstance(value, int) and not isinstance(value, bool) and value >= 2):
+        return value
+    raise RequestError(
+        f"explainer '{name}', map_grid: got {value!r}; expected \"model\" or a side of at least 2 cells"
+    )
 
 
 def keyword_only(function: Callable[..., Any]) -> dict[str, Any]:
