@@ -53,8 +53,9 @@ def huggingface(
 ) -> Iterable[Sample]:
     """An image dataset by its id on the hub, or from files such as Parquet, with columns to name.
 
-    Needs Hugging Face's library: `pip install "faithmap[huggingface]"`. The hub is asked only with
-    `download = true`; without it, what has been downloaded before is taken from the library's cache.
+    Needs Hugging Face's library, the extra `huggingface`: `pip install "datasets>=4.0"`. The hub is
+    asked only with `download = true`; without it, what has been downloaded before is taken from the
+    library's cache.
 
     The revision is the hub's commit, or, for files below `root`, a digest of their names and sizes.
     Ids are the split and the row's number in it, so they stay the same as long as the revision does.

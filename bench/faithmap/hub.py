@@ -20,7 +20,7 @@ from faithmap.pictures import file_size
 from faithmap.records import digest
 
 WHO = "dataset 'huggingface'"
-INSTALL = 'pip install "datasets>=3.0"'
+INSTALL = 'pip install "datasets>=4.0"'
 #: A commit of the hub in full.
 COMMIT = re.compile(r"[0-9a-f]{40}")
 #: Addresses in place of files.
@@ -113,10 +113,14 @@ def open_table(
 
 
 def _library() -> Any:
+    missing = RequestError(f"{WHO} needs Hugging Face's library datasets; run: {INSTALL}")
     try:
         import datasets  # noqa: TID251  (the library, not the room of plugins)
     except ImportError as error:
-        raise RequestError(f"{WHO} needs Hugging Face's library datasets; run: {INSTALL}") from error
+        raise missing from error
+    # Without the library, a checkout on sys.path lends its folder of plugins to that name.
+    if not hasattr(datasets, "load_dataset_builder"):
+        raise missing
     return datasets
 
 
@@ -139,15 +143,19 @@ def _network(library: Any, *, allowed: bool) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _quiet(library: Any, quiet: bool) -> Iterator[None]:
-    """Without the library's own progress bars, which are for downloads."""
-    if not quiet or library.utils.are_progress_bars_disabled():
+    """Without the library's bars and its warnings that the hub was not asked: these are for downloads."""
+    if not quiet:
         yield
         return
+    bars, verbosity = not library.are_progress_bars_disabled(), library.logging.get_verbosity()
     library.disable_progress_bars()
+    library.logging.set_verbosity_error()
     try:
         yield
     finally:
-        library.enable_progress_bars()
+        library.logging.set_verbosity(verbosity)
+        if bars:
+            library.enable_progress_bars()
 
 
 def _refuse_addresses(parameter: str, given: DataFiles | None) -> None:
@@ -172,6 +180,8 @@ def _builder(
     data_files: DataFiles | None,
 ) -> Any:
     given: dict[str, Any] = {"name": config, "data_files": data_files}
+    if root is None and path in library.packaged_modules._PACKAGED_DATASETS_MODULES:
+        raise RequestError(f"{WHO}: '{path}' is a format of files; give root = the folder that they lie in")
     if root is None:
         return library.load_dataset_builder(path, revision=revision, **given)
     if not root.is_dir():
