@@ -28,7 +28,9 @@ from copies import (
 )
 
 import faithmap
+from faithmap.data import load_dataset
 from faithmap.errors import DataError, RequestError
+from faithmap.records import Spec
 
 NAME = "cub-200-2011"
 cub = importlib.import_module("faithmap.datasets.cub_200_2011")
@@ -167,6 +169,13 @@ class TestTheCopy:
         after = listed(NAME, root=root).revision
         edit(root, "bounding_boxes.txt", 2, "2 1.0 2.0 3.0 4.0")
         assert len({before, after, listed(NAME, root=root).revision}) == 3
+
+    def test_where_the_data_lie_or_came_from_is_no_part_of_the_key(self, root: Path) -> None:
+        given = [{}, {"root": str(root / "CUB_200_2011")}, {"download": True}, {"agreement": 0.4}]
+        first, moved, fetched, other = (
+            load_dataset(Spec(NAME, {"root": str(root), **params})).key for params in given
+        )
+        assert first == moved == fetched != other
 
 
 class TestParts:

@@ -25,6 +25,8 @@ LISTS = SECTIONS[1:]
 DEFAULT_PRESET = "quickstart"
 #: Parameters that name files or folders; a relative one is relative to the TOML file.
 PATH_KEYS = ("weights", "root", "index", "class_map")
+#: Parameters of datasets that say how the data come to be here, not what they are.
+PLACE_KEYS = (*PATH_KEYS, "download")
 #: Parameters of explainers that hold a word or the path of a file.
 FILE_KEYS = ("statistics", "weights", "fitted")
 

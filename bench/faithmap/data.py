@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from faithmap.batch import Batch
-from faithmap.config import PATH_KEYS, located
+from faithmap.config import PLACE_KEYS, located
 from faithmap.context import Context
 from faithmap.errors import DataError, RequestError
 from faithmap.models import Model
@@ -36,8 +36,8 @@ class LoadedDataset:
 
     @property
     def key(self) -> str:
-        """Content key: plugin, version, revision and parameters; where the data lie is no part of it."""
-        params = {key: value for key, value in self.params.items() if key not in PATH_KEYS}
+        """Content key: plugin, version, revision and parameters; not where the data lie or came from."""
+        params = {key: value for key, value in self.params.items() if key not in PLACE_KEYS}
         return digest(self.plugin.name, self.plugin.facts.version, self.revision, params)
 
 

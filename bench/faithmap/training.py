@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader, Dataset
 import faithmap
 from faithmap import fitting
 from faithmap.batch import seed_of
-from faithmap.config import PATH_KEYS
+from faithmap.config import PLACE_KEYS
 from faithmap.data import LoadedDataset
 from faithmap.errors import DataError, FaithmapError, RequestError, nearest
 from faithmap.explaining import describe, guarded
@@ -431,7 +431,7 @@ def _record(
             "images": len(data) - len(data.unreadable),
             "unreadable": len(data.unreadable),
             "plugin": dataset.plugin.name,
-            "params": {k: v for k, v in dataset.params.items() if k not in PATH_KEYS},
+            "params": {k: v for k, v in dataset.params.items() if k not in PLACE_KEYS},
             "ids": [digest(sample.id, length=10) for sample in request.samples],
         },
         "transform": repr(request.model.transform),
