@@ -58,7 +58,10 @@ TRUTHS = ("auto", "box", "mask")
 @dataset(
     version=1,
     source="Wah et al. 2011 (Caltech technical report CNS-TR-2011-001)",
-    license="non-commercial research and education only; the photographs belong to their owners on Flickr",
+    license=(
+        "the archives state none; the photographs were collected on Flickr and belong to their owners, and are "
+        "used for non-commercial research"
+    ),
     citation=(
         "C. Wah, S. Branson, P. Welinder, P. Perona, S. Belongie. The Caltech-UCSD Birds-200-2011 Dataset. "
         "California Institute of Technology, CNS-TR-2011-001, 2011."
