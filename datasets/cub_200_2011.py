@@ -59,7 +59,7 @@ TRUTHS = ("auto", "box", "mask")
     version=1,
     source="Wah et al. 2011 (Caltech technical report CNS-TR-2011-001)",
     license=(
-        "the archives state none; the photographs were collected on Flickr and belong to their owners, and are "
+        "the archives state none; the photographs were collected on Flickr, belong to their owners, and are "
         "used for non-commercial research"
     ),
     citation=(

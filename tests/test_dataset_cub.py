@@ -257,8 +257,8 @@ class TestBadData:
     @pytest.mark.parametrize(
         ("params", "message"),
         [
-            ({"split": "val"}, "split: got 'val', expected 'test', 'train', 'all'"),
-            ({"truth": "boxes"}, "truth: got 'boxes'.* did you mean 'box'"),
+            ({"split": "val"}, "split: got 'val', expected one of 'test', 'train', 'all'"),
+            ({"truth": "boxes"}, "truth: got 'boxes', expected one of 'auto', 'box', 'mask'"),
             ({"agreement": 1.0}, "agreement: got 1.0, expected 0 <= agreement < 1"),
             ({"part": "beak", "part_radius": 0.0}, "part_radius: got 0.0"),
         ],

@@ -114,5 +114,5 @@ def test_half_a_download_and_an_empty_split(microsoft: Path, tmp_path: Path) -> 
     other = "train" if "cat.0.jpg" in PINNED else "test"
     with pytest.raises(RequestError, match=f"the split '{other}' holds none"):
         listed(NAME, root=tmp_path / "one", split=other)
-    with pytest.raises(RequestError, match="split: got 'val', expected 'all', 'train', 'test'"):
+    with pytest.raises(RequestError, match="split: got 'val', expected one of 'all', 'train', 'test'"):
         listed(NAME, root=tmp_path / "one", split="val")

@@ -109,7 +109,7 @@ def test_a_malformed_text_list_is_named(root: Path, text: str, message: str) -> 
 
 
 def test_missing_lists_splits_and_images(root: Path) -> None:
-    with pytest.raises(RequestError, match="split: got 'validation', expected 'test', 'train'"):
+    with pytest.raises(RequestError, match="split: got 'validation', expected one of 'test', 'train'"):
         listed(NAME, root=root, split="validation")
     for ending in ("json", "txt"):
         (root / "food-101" / "meta" / f"test.{ending}").unlink()

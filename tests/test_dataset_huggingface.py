@@ -350,8 +350,8 @@ class TestTheHub:
         ({"label": "score"}, "label: column 'score' holds '0.5' in row 0, expected an integer or a word"),
         ({"split": "validation"}, "has no split 'validation'; known are: test"),
         ({"split": "test[:2]"}, r"has no split 'test\[:2\]' \(a slice would change the ids"),
-        ({"box_format": "yxyx"}, "box_format: got 'yxyx'.* did you mean 'xyxy'"),
-        ({"box_units": "percent"}, "box_units: got 'percent', expected 'pixels', 'relative'"),
+        ({"box_format": "yxyx"}, "box_format: got 'yxyx', expected one of 'xyxy', 'xywh'"),
+        ({"box_units": "percent"}, "box_units: got 'percent', expected one of 'pixels', 'relative'"),
     ],
 )
 def test_bad_requests(tmp_path: Path, params: dict[str, Any], message: str) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from faithmap.errors import RequestError, nearest
+from faithmap.errors import RequestError
 from faithmap.pictures import Picture, file_size
 from faithmap.records import Sample, SampleList, digest
 
@@ -107,9 +107,7 @@ def one_of(dataset: str, parameter: str, given: object, known: Sequence[str]) ->
     """
     if given not in known:
         words = ", ".join(f"'{word}'" for word in known)
-        raise RequestError(
-            f"dataset '{dataset}', {parameter}: got {given!r}, expected {words}; {nearest(str(given), known)}"
-        )
+        raise RequestError(f"dataset '{dataset}', {parameter}: got {given!r}, expected one of {words}")
     return str(given)
 
 
