@@ -48,12 +48,12 @@ def test_one_run_holds_both(tmp_path: Path) -> None:
         "models": [{"name": "shapes/resnet"}],
         "datasets": [{"name": "shapes"}],
         "explainers": [{"name": "saliency"}, {"name": "saliency", "map_grid": 12}],
-        "metrics": [{"name": "perturbation"}],
+        "metrics": [{"name": "energy-pointing-game"}],
     }
     done = faithmap.run(request, out=tmp_path / "run", figures=False)
     rows = done.rows()
     values = (
-        rows[(rows["metric"] == "neg_auc") & (rows["explainer"] == "saliency")]
+        rows[(rows["metric"] == "energy_pg") & (rows["explainer"] == "saliency")]
         .groupby("params")["value"]
         .mean()
     )

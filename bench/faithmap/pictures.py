@@ -81,8 +81,6 @@ class Picture:
         """
         import numpy as np
         import PIL.Image
-        import PIL.ImageOps
-        import torch
 
         if self.mask_path is None or self.on_object is None:
             raise DataError(f"{self.path} has no mask")
@@ -97,10 +95,7 @@ class Picture:
                 f"{self.mask_path} has {values.shape[1]} x {values.shape[0]} pixels, its image "
                 f"{self.path} {size[0]} x {size[1]}; a mask must be as large as its image"
             )
-        layer = PIL.Image.fromarray(np.asarray(self.on_object(values), dtype=np.uint8) * 255)
-        layer.getexif()[ORIENTATION] = turn
-        upright = PIL.ImageOps.exif_transpose(layer)
-        return torch.from_numpy(np.array(upright) > 0)
+        return turned_mask(self.on_object(values), turn)
 
     def _turn(self) -> tuple[int, tuple[int, int]]:
         """What EXIF asks for, and the stored (width, height)."""
@@ -163,6 +158,18 @@ def turned(box: Box, turn: int, size: tuple[int, int]) -> Box:
     if turn == 8:
         return y0, width - x1, y1, width - x0
     return x0, y0, x1, y1
+
+
+def turned_mask(mask: np.ndarray, turn: int) -> torch.Tensor:
+    """Turn a mask (H, W) of the stored image as EXIF asks; bool, of the upright image."""
+    import numpy as np
+    import PIL.Image
+    import PIL.ImageOps
+    import torch
+
+    layer = PIL.Image.fromarray(np.asarray(mask, dtype=np.uint8) * 255)
+    layer.getexif()[ORIENTATION] = turn
+    return torch.from_numpy(np.array(PIL.ImageOps.exif_transpose(layer)) > 0)
 
 
 def file_size(file: Path) -> int | None:
