@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import io
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -14,6 +15,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from fits import typed
+from rich.console import Console
 
 import faithmap
 import slow_comparison
@@ -24,7 +26,13 @@ from faithmap.errors import RequestError
 from faithmap.evidence import read_evidence
 from faithmap.publications import publication
 from faithmap.records import canonical_json
-from faithmap.report.comparison import comparison_table, render_comparison, requested
+from faithmap.report.comparison import (
+    comparison_table,
+    figures_tables,
+    incomparable,
+    render_comparison,
+    requested,
+)
 
 N = 40
 TABLE = "scan-2026:table2"
@@ -413,6 +421,8 @@ class TestPage:
             "| Images | ImageNet, number not stated | `shapes`, 40 images, part eval; other images",
             "| Class explained | not stated | predicted |",
             "every map at the model's own grid (12 × 12)",
+            "**Not comparable** as values, because the model is shapes/resnet, there ResNet50V2; the images "
+            "are of shapes, there of ImageNet. The order is what is compared.",
             "- `lime`: run with n_samples = 250.",
             "The column is read as perturbation, label (certain).",
             "10 pairs: 9 agree, 1 disagree, 0 not told apart here. τ-b 0.80 [0.80, 0.80], 5 methods,",
@@ -444,6 +454,43 @@ class TestPage:
         table = comparison_table(found)
         assert table.row_count == sum(len(section.comparisons) for section in found) == 3
         assert [column.header.plain for column in table.columns][-3:] == ["Agree", "Disagree", "Not decided"]  # type: ignore[union-attr]
+
+
+class TestValues:
+    """Printed, measured, and whether the two may be compared at all."""
+
+    def made(self, **facts: Any) -> list[Section]:
+        section = sections(planted(falling(PRINTED)), manifest(PRINTED))[0]
+        return [replace(section, cell=replace(section.cell, **facts))]
+
+    def test_what_is_alike_may_be_compared(self) -> None:
+        (section,) = self.made(model="timm/resnetv2_50.a1h_in1k", dataset="imagenet")
+        assert incomparable(section) == []
+        assert "Values may be compared as far as weights" in render_comparison([section])
+        assert figures_tables([section])[0].caption is None
+
+    def test_what_is_not_says_why(self) -> None:
+        (section,) = self.made(dataset="imagenet")
+        assert incomparable(section) == ["the model is shapes/resnet, there ResNet50V2"]
+        (section,) = self.made(model="timm/resnetv2_50")
+        assert incomparable(section) == ["the images are of shapes, there of ImageNet"]
+
+    def test_a_terminal_shows_printed_measured_and_difference(self) -> None:
+        console = Console(file=io.StringIO(), width=120)
+        (drawn,) = figures_tables(self.made())
+        console.print(drawn)
+        said = console.file.getvalue()  # type: ignore[attr-defined]
+        assert re.search(r"scan +\S +37\.29 +\S +\S+ \[\S+, \S+\] \S +\S*\d+\.\d", said), said
+        assert "not comparable: the model is shapes/resnet, there ResNet50V2;" in said
+
+    def test_maps_that_were_reduced_alone_are_named(self) -> None:
+        made = manifest(PRINTED)
+        made["settings"]["map_grid"] = "native"
+        made["explainers"]["lime"]["params"] = {"map_grid": 7}
+        rows = planted(falling(PRINTED))
+        rows.loc[rows["explainer"] == "lime", "params"] = canonical_json({"map_grid": 7})
+        text = render_comparison(sections(rows, made))
+        assert "each method's own; `lime` first at 7 cells a side |" in text
 
 
 class TestInARun:

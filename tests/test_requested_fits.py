@@ -77,6 +77,18 @@ def test_settings_of_a_fit_are_told_from_its_options() -> None:
     assert len(whole.explainers[0].wanted["shapes/resnet"].samples) == 200  # no limit of its own, so all
 
 
+def test_without_its_images_any_fit_serves_and_none_says_what_is_missing(tmp_path: Path) -> None:
+    lost = {"name": "toy-fitted", "dataset": {"name": "imagefolder", "root": str(tmp_path / "nowhere")}}
+    grid = make_grid(load_config(request_of(fits=[lost])))
+    reason = grid.explainers[0].unfitted["shapes/resnet"]
+    assert "`faithmap train toy-fitted --model shapes/resnet" in reason
+    assert "The request's own images for it are not here: no such folder" in reason
+    assert not grid.explainers[0].wanted
+    made = training.train(asked(load_model("shapes/resnet"), seed=5))
+    grid = make_grid(load_config(request_of(fits=[lost])))
+    assert grid.explainers[0].fits["shapes/resnet"].digest == made.digest
+
+
 def test_a_recipe_whose_explainer_is_not_asked_for_is_left_alone() -> None:
     grid = make_grid(load_config(request_of(explainers=[{"name": "gradcam"}])))
     assert not any(use.wanted for use in grid.explainers)

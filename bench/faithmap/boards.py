@@ -42,7 +42,12 @@ def compare(runs: Sequence[Path], wanted: Sequence[str], out: Path | None, conso
     from faithmap.comparing import chosen_figures
     from faithmap.comparing import compare as set_beside
     from faithmap.evidence import read_evidence
-    from faithmap.report.comparison import comparison_table, reasons_by_section, render_comparison
+    from faithmap.report.comparison import (
+        comparison_table,
+        figures_tables,
+        reasons_by_section,
+        render_comparison,
+    )
 
     if out is not None and out.suffix != ".md":
         raise RequestError(f"--out {out}: the page is Markdown; give a file that ends in .md")
@@ -52,6 +57,8 @@ def compare(runs: Sequence[Path], wanted: Sequence[str], out: Path | None, conso
         raise RequestError(f"{runs[0]} holds no rows yet; run it first")
     sections = set_beside(read_evidence(rows, manifest), figures)
     if any(section.comparisons for section in sections):
+        for drawn in figures_tables(sections) if wanted else ():
+            console.print(drawn)
         console.print(comparison_table(sections))
     else:
         console.print("nothing to compare: no published table shares three methods and a score with this run")

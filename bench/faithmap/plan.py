@@ -132,7 +132,8 @@ def _with_fits(
 ) -> ExplainerUse:
     """An explainer with its fit for each model that it is defined for, where it must be fitted.
 
-    Where the request has a recipe and names no fit, only a fit by that recipe will do.
+    Where the request has a recipe and names no fit, only a fit by that recipe will do; where the images of
+    the recipe are not here, any fit does.
     """
     if not wants_fit(use.plugin, use.params):
         return use
@@ -143,7 +144,7 @@ def _with_fits(
         if undefined(use.plugin, model, use.plugin.facts.needs) or use.misplaced(model):
             continue
         try:
-            if recipe is not None and use.params.get(FITTED, AUTO) == AUTO:
+            if recipe is not None and not recipe.missing and use.params.get(FITTED, AUTO) == AUTO:
                 asked = recipe.training(use.plugin, use.params, model)
                 found = made(asked)
                 if found is None:
@@ -162,6 +163,8 @@ def _with_fits(
             continue
         if found is None:
             unfitted[model.name] = advice(use.plugin, use.params, model, _named(specs.get(model.name)))
+            if recipe is not None:
+                unfitted[model.name] += f". The request's own images for it are not here: {recipe.missing}"
         else:
             fits[model.name] = found
     params = dict(use.params)

@@ -24,7 +24,7 @@ from faithmap.errors import RequestError, nearest
 from faithmap.fitting import Fit
 from faithmap.models import Model
 from faithmap.records import Sample, Spec
-from faithmap.registry import Plugin
+from faithmap.registry import Plugin, get, plugins
 from faithmap.training import Training, fit_options
 
 #: Settings of a fit that are no options of the explainer's own.
@@ -35,16 +35,24 @@ SETTINGS = ("part", "limit", "seed", "precision")
 class Recipe:
     """How one explainer is fitted, to whatever model."""
 
-    dataset: LoadedDataset
+    dataset: LoadedDataset | None
     samples: tuple[Sample, ...]
     options: Mapping[str, Any]
     part: str
     limit: int | None
     seed: int
     precision: str
+    #: Why there is nothing to learn from here; empty where there is.
+    missing: str = ""
 
     def training(self, plugin: Plugin, params: Mapping[str, Any], model: Model) -> Training:
-        """The fit of an explainer with these parameters to a model."""
+        """The fit of an explainer with these parameters to a model.
+
+        Raises:
+            RequestError: there are no images to learn from.
+        """
+        if self.dataset is None:
+            raise RequestError(self.missing)
         return Training(
             plugin, params, model, self.dataset, self.samples, self.options, self.part, self.limit,
             self.seed, self.precision,
@@ -79,8 +87,6 @@ def made(asked: Training) -> Fit | None:
 
 
 def _is_named(name: str) -> bool:
-    from faithmap.registry import plugins
-
     return any(plugin.name == name for plugin in plugins("explainer"))
 
 
@@ -91,7 +97,15 @@ def _recipe(spec: Spec, plugin: Plugin, run: RunSettings) -> Recipe:
     options = fit_options(plugin, given)
     # Checked as the same settings of a run are; without a limit a fit takes every image.
     checked = run_settings({"part": "all", "seed": run.seed, **settings}, f"[[fits]] for '{spec.name}'")
-    dataset = load_dataset(_dataset(source, spec))
+    found = _dataset(source, spec)
+    get("dataset", found.name).check(found.params)  # a mistake, unlike files that are not here
+    try:
+        dataset = load_dataset(found)
+    except RequestError as error:
+        # A fit that is there already serves without the images that it learnt from.
+        return Recipe(
+            None, (), options, checked.part, checked.limit, checked.seed, checked.precision, str(error)
+        )
     samples = choose(dataset.samples, checked.part, checked.limit)
     return Recipe(dataset, samples, options, checked.part, checked.limit, checked.seed, checked.precision)
 

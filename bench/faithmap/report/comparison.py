@@ -109,6 +109,7 @@ def _section(place: int, section: Section) -> list[str]:
         f"{code(section.cell.dataset)}",
         f"{source.paper}, *{source.title}*, arXiv:{source.arxiv}; from {source.taken_from}.",
         table(["", "Published", "Here"], differences(section), left=3),
+        _comparable(section),
     ]
     remarks = _remarks(section)
     if remarks:
@@ -119,6 +120,28 @@ def _section(place: int, section: Section) -> list[str]:
         left = (f"- {code(name)}: {plain(reason)}." for name, reason in section.missing.items())
         parts += ["Columns of this table that are not compared:", "\n".join(left)]
     return parts
+
+
+def incomparable(section: Section) -> list[str]:
+    """Why the values of a section cannot be compared, however alike the scores; none where they may be."""
+    figures, cell = section.figures, section.cell
+    reasons = []
+    if not figures.model.is_architecture_of(cell.model):
+        reasons.append(f"the model is {cell.model}, there {figures.model.name}")
+    if not figures.images.holds(*names_of_images(cell)):
+        reasons.append(f"the images are of {cell.dataset}, there of {figures.images.name}")
+    return reasons
+
+
+def _comparable(section: Section) -> str:
+    reasons = incomparable(section)
+    if reasons:
+        because = plain("; ".join(reasons))
+        return f"**Not comparable** as values, because {because}. The order is what is compared."
+    return (
+        "Values may be compared as far as weights, the choice of images and what the paper leaves open are "
+        "alike."
+    )
 
 
 def differences(section: Section) -> list[list[str]]:
@@ -132,12 +155,18 @@ def differences(section: Section) -> list[list[str]]:
     )
     grids = {"model": f"every map at the model's own grid{cells}", "native": "each method's own",
              _UNKNOWN: _UNKNOWN}  # fmt: skip
+    own = {
+        label: facts["params"]["map_grid"]
+        for label, facts in cell.manifest.get("explainers", {}).items()
+        if "map_grid" in facts.get("params", {})
+    }
+    reduced = "".join(f"; {code(label)} first at {side} cells a side" for label, side in own.items())
     return [
         ["Model", section.figures.model.name, _model(section, model)],
         ["Images", *_images(section)],
         ["Transform", source.transform, _transform(model)],
         ["Class explained", source.target, str(settings.get("target", _UNKNOWN))],
-        ["Resolution of the maps", source.map_grid, grids.get(str(grid), f"{grid} cells a side")],
+        ["Resolution of the maps", source.map_grid, grids.get(str(grid), f"{grid} cells a side") + reduced],
     ]
 
 
@@ -363,4 +392,36 @@ def comparison_table(sections: Sequence[Section]) -> Table:
             here = f"{section.cell.model} {comparison.score}{other}"
             fields = [there, here, str(len(comparison.methods)), _tau(comparison), *_counts(comparison)]
             found.add_row(*(Text(field) for field in fields))
+    return found
+
+
+def figures_tables(sections: Sequence[Section]) -> list[Table]:
+    """Each column with its methods, printed and measured, for a terminal."""
+    from rich.table import Table
+    from rich.text import Text
+
+    found = []
+    for section in sections:
+        reasons = incomparable(section)
+        caption = f"not comparable: {'; '.join(reasons)}" if reasons else None
+        for comparison in section.comparisons:
+            figures, score = section.figures, column_of(comparison.score)
+            there = f"{figures.source}:{figures.table}, {figures.model.name} on {figures.images.name}"
+            drawn = Table(
+                title=Text(f"{there}: {comparison.column.name}"), caption=caption and Text(caption),
+                header_style="bold", pad_edge=False,
+            )  # fmt: skip
+            other = " (another reading)" if comparison.reading.another else ""
+            drawn.add_column("Method")
+            for title in ("Published", f"{comparison.score}{other}, {section.cell.model}", "Difference"):
+                drawn.add_column(Text(title), justify="right")
+            for beside in comparison.methods:
+                value, low, high = beside.measured
+                ends = f" [{number(score, low)}, {number(score, high)}]" if known(low) else ""
+                fields = (
+                    beside.method, f"{beside.published:g}", f"{number(score, value)}{ends}",
+                    _signed(value - beside.published, 1),
+                )  # fmt: skip
+                drawn.add_row(*(Text(field) for field in fields))
+            found.append(drawn)
     return found

@@ -1,0 +1,79 @@
+"""Every preset names what exists: plugins and their parameters, models, tables, fits."""
+
+from __future__ import annotations
+
+import pytest
+import timm
+import torchvision
+
+from faithmap.comparing import chosen_figures
+from faithmap.config import PATH_KEYS, Config, load_config, preset_names
+from faithmap.publications import publications
+from faithmap.registry import get
+from faithmap.requested_fits import SETTINGS
+from faithmap.training import fit_options
+
+PAPERS = [name for name in preset_names() if "table" in name or name == "scorecam++-imagenet"]
+
+
+@pytest.fixture(params=preset_names())
+def preset(request: pytest.FixtureRequest) -> Config:
+    return load_config(request.param)
+
+
+def test_plugins_take_their_parameters(preset: Config) -> None:
+    for kind, specs in (("explainer", preset.explainers), ("metric", preset.metrics)):
+        for spec in specs:
+            get(kind, spec.name).check(spec.params)  # type: ignore[arg-type]
+    for spec in preset.datasets:
+        known = get("dataset", spec.name).parameters
+        assert set(spec.params) <= set(known)
+    for spec in preset.fits:
+        options = {k: v for k, v in spec.params.items() if k not in (*SETTINGS, "dataset")}
+        fit_options(get("explainer", spec.name), options)
+        assert spec.name in {used.name for used in preset.explainers}
+
+
+def test_models_exist(preset: Config) -> None:
+    for spec in preset.models:
+        source, _, name = spec.name.partition("/")
+        if source == "timm":
+            assert timm.is_model(name)
+        elif source == "torchvision":
+            assert name in torchvision.models.list_models()
+        else:
+            assert source == "shapes"
+
+
+def test_no_path_of_a_machine(preset: Config) -> None:
+    for spec in (*preset.models, *preset.datasets):
+        for key in PATH_KEYS:
+            assert str(spec.params.get(key, "$FAITHMAP_DATA")).startswith("$FAITHMAP_DATA")
+
+
+@pytest.mark.parametrize("name", PAPERS)
+def test_a_papers_preset_asks_for_all_that_its_table_holds(name: str) -> None:
+    """Models, methods and scores of the published figures are all in the request."""
+    config = load_config(name)
+    assert config.published
+    explainers = {spec.name for spec in config.explainers}
+    for source, figures in chosen_figures(config.published):
+        if figures.images.registry not in {spec.name for spec in config.datasets}:
+            continue  # the same table on other images, which a preset may leave to another
+        assert any(figures.model.is_architecture_of(spec.name) for spec in config.models), figures.model
+        for column, printed in figures.columns.items():
+            for method in printed:
+                known = source.methods[method]
+                assert not known.explainer or known.explainer in explainers, method
+            readings = source.columns[column].readings
+            metrics = [(spec.name, get("metric", spec.name).check(spec.params)) for spec in config.metrics]
+            assert not readings or any(
+                reading.metric == metric and reading.params.items() <= params.items()
+                for reading in readings
+                for metric, params in metrics
+            ), column
+
+
+def test_there_are_presets_of_each_source() -> None:
+    found = {entry.partition(":")[0] for name in PAPERS for entry in load_config(name).published}
+    assert found == set(publications())
