@@ -8,6 +8,7 @@ import torchvision
 
 from faithmap.comparing import chosen_figures
 from faithmap.config import PATH_KEYS, Config, load_config, preset_names
+from faithmap.listing import entries
 from faithmap.publications import publications
 from faithmap.registry import get
 from faithmap.requested_fits import SETTINGS
@@ -32,6 +33,15 @@ def test_plugins_take_their_parameters(preset: Config) -> None:
         options = {k: v for k, v in spec.params.items() if k not in (*SETTINGS, "dataset")}
         fit_options(get("explainer", spec.name), options)
         assert spec.name in {used.name for used in preset.explainers}
+
+
+def test_the_list_says_what_each_is() -> None:
+    told = {entry["name"]: entry["summary"] for entry in entries("presets")}
+    assert told["scan-table2"] == (
+        "SCAN (arXiv:2603.06523), table 2: six methods on ResNet50V2 and ImageNet by perturbation "
+        "(1 model, 1 dataset, 10 explainers)"
+    )
+    assert all(len(said) > 60 and "et al (" not in said for said in told.values())
 
 
 def test_models_exist(preset: Config) -> None:

@@ -155,12 +155,20 @@ def preset_names() -> list[str]:
 
 def preset(name: str) -> Config:
     """A shipped preset by name."""
+    return from_mapping(tomllib.loads(preset_text(name)), name=name, where=f"preset '{name}'")
+
+
+def preset_text(name: str) -> str:
+    """A shipped preset as it is written.
+
+    Raises:
+        RequestError: there is none of that name.
+    """
     if name not in preset_names():
         raise RequestError(
             f"unknown preset '{name}'; {nearest(name, preset_names())} (or give the path of a .toml file)"
         )
-    text = (files("faithmap") / "presets" / f"{name}.toml").read_text(encoding="utf-8")
-    return from_mapping(tomllib.loads(text), name=name, where=f"preset '{name}'")
+    return (files("faithmap") / "presets" / f"{name}.toml").read_text(encoding="utf-8")
 
 
 def from_file(path: Path) -> Config:

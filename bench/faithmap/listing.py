@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,9 +14,10 @@ from rich.console import Console
 from rich.table import Table
 
 from faithmap import registry
-from faithmap.config import preset, preset_names
+from faithmap.config import preset, preset_names, preset_text
 from faithmap.errors import RequestError, nearest
 from faithmap.records import Kind
+from faithmap.report._format import count
 
 KINDS = ("explainers", "metrics", "datasets", "models", "presets")
 #: Models on which `--json` and the reference tell what an explainer costs: a CNN and a transformer, embedded.
@@ -90,11 +93,13 @@ def add_costs(found: Sequence[dict[str, Any]]) -> None:
 
 
 def _preset(name: str) -> dict[str, Any]:
-    config = preset(name)
-    content = config.model_dump(mode="json")
+    content = preset(name).model_dump(mode="json")
+    comment = itertools.takewhile(lambda line: line.startswith("# "), preset_text(name).splitlines())
+    said = re.split(r"(?<!et al)\. ", " ".join(line[2:] for line in comment))[0]
+    size = ", ".join(count(len(content[key]), key[:-1]) for key in ("models", "datasets", "explainers"))
     return {
         "name": name,
-        "summary": " x ".join(f"{len(content[key])} {key}" for key in ("models", "datasets", "explainers")),
+        "summary": f"{said.rstrip('.')} ({size})",
         **{
             key: [entry["name"] for entry in content[key]]
             for key in ("models", "datasets", "explainers", "metrics")
