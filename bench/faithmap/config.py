@@ -69,7 +69,7 @@ class RunSettings(BaseModel):
 class Config(BaseModel):
     """A request: settings, and the models, datasets, explainers and metrics of the grid.
 
-    An empty `metrics` means every metric that the dataset can serve.
+    An empty `metrics` means every metric that the dataset can serve, but for those that must be named.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, arbitrary_types_allowed=True)

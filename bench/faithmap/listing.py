@@ -66,7 +66,7 @@ def _plugin(plugin: registry.Plugin) -> dict[str, Any]:
             "documentation": plugin.documentation,
         }
     elif facts.kind == "metric":
-        entry |= {"scores": dict(facts.scores), "needs": sorted(facts.needs)}
+        entry |= {"scores": dict(facts.scores), "needs": sorted(facts.needs), "default": facts.default}
     else:
         entry |= {"license": facts.license, "revision": facts.revision, "gives": sorted(facts.gives)}
     return entry

@@ -101,6 +101,8 @@ class Facts:
     calibrate: bool = False
     #: Metrics: scored on this many images of the run instead of all (the cost metric).
     sample: int | None = None
+    #: Metrics: scored where a request names no metrics; False for one that has to be named.
+    default: bool = True
     #: Datasets.
     license: str = ""
     revision: str = ""

@@ -294,6 +294,7 @@ def metric(
     map_free: Iterable[str] = (),
     calibrate: bool = False,
     sample: int | None = None,
+    default: bool = True,
     check_params: Mapping[str, Any] | None = None,
 ) -> Callable[[Function], Function]:
     """Register a metric: `f(model, batch, maps, *, params) -> {score: values (B,)}`.
@@ -311,12 +312,15 @@ def metric(
         map_free: scores that describe the image alone, stored whatever became of the map.
         calibrate: score each method's swapped and rolled maps too.
         sample: scored on this many images of a run instead of on all.
+        default: False for a metric that is scored only where it is named, because it would multiply
+            the time of a run or belongs to few readers' questions.
         check_params: small settings with which the conformance kit runs the plugin.
     """
     facts = {
         "version": version, "source": source, "scores": dict(scores), "needs": frozenset(needs),
         "bounds": dict(bounds or {}), "fallback": dict(fallback or {}), "map_free": frozenset(map_free),
-        "calibrate": calibrate, "sample": sample, "check_params": dict(check_params or {}),
+        "calibrate": calibrate, "sample": sample, "default": default,
+        "check_params": dict(check_params or {}),
     }  # fmt: skip
     return _decorator("metric", name, facts)
 
@@ -372,6 +376,11 @@ def plugins(kind: Kind) -> list[Plugin]:
     """All plugins of a kind, by name."""
     _discover(kind)
     return [plugin for (k, _), plugin in sorted(_plugins.items()) if k == kind]
+
+
+def default_metrics() -> list[Plugin]:
+    """The metrics of a request that names none, by name."""
+    return [plugin for plugin in plugins("metric") if plugin.facts.default]
 
 
 def broken(kind: Kind) -> dict[str, str]:
