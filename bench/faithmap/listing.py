@@ -144,7 +144,8 @@ def show(kind: str, as_json: bool, console: Console, errors: Console) -> int:
         table = Table("name", "what it is", "parameters", box=None, header_style="bold", pad_edge=False)
         for entry in found:
             params = ", ".join(f"{key}={brief(value)}" for key, value in entry.get("params", {}).items())
-            table.add_row(entry["name"], entry["summary"], params)
+            named = "" if entry.get("default", True) else " Has to be named."
+            table.add_row(entry["name"], f"{entry['summary']}{named}", params)
         console.print(table, markup=False, highlight=False)
     unloaded = {}
     for single in registry.KINDS:
