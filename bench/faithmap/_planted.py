@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from faithmap.batch import Batch
 from faithmap.context import Context
 from faithmap.models import Model
+from faithmap.removal import noise_field
 
 #: (height, width) in pixels, not square on purpose.
 SIZE = (32, 40)
@@ -96,7 +97,7 @@ def planted_maps(batch: Batch) -> dict[str, Tensor]:
 
 
 def turned(batch: Batch, maps: Tensor) -> tuple[Batch, Tensor]:
-    """All turned by 180 degrees, ties too: the same question in the reverse order of memory."""
+    """All turned by 180 degrees, ties and noise too: the same question in the reverse order of memory."""
     height, width = SIZE
     images = batch.images.flip(2, 3)
     boxes = None
@@ -113,7 +114,7 @@ def turned(batch: Batch, maps: Tensor) -> tuple[Batch, Tensor]:
         boxes=boxes,
         seed=batch.seed,
         explainer=batch.explainer,
-        cache={"ties": batch.ties().flip(1, 2)},
+        cache={"ties": batch.ties().flip(1, 2), "fill noise": noise_field(batch).flip(2, 3)},
     )
     return other, maps.flip(1, 2)
 
