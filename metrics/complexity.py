@@ -88,7 +88,8 @@ def entropy(amounts: Tensor) -> Tensor:
     """The entropy (B,) of the amounts' shares, as a share of its largest value log N."""
     shares = amounts / amounts.sum(1, keepdim=True)
     largest = torch.tensor(float(amounts.shape[1]), dtype=amounts.dtype, device=amounts.device).log()
-    return (torch.special.entr(shares).sum(1) / largest).clamp(0, 1)
+    found: Tensor = torch.special.entr(shares).sum(1) / largest
+    return found.clamp(0, 1)
 
 
 def effective_area(amounts: Tensor) -> Tensor:
