@@ -62,3 +62,27 @@ def rise_blurred(image: Tensor, mean: Tensor, std: Tensor) -> Tensor:
         plane = ndimage.correlate((channel.numpy() - shift) / scale, kernel, mode="constant")
         planes.append(torch.from_numpy(plane * scale + shift))
     return torch.stack(planes).float()
+
+
+def road_curves(
+    classify: slow.Classify,
+    image: Tensor,
+    target: int,
+    label: int,
+    order: Sequence[int],
+    percentiles: Sequence[int],
+    noise: Tensor,
+) -> dict[str, list[float]]:
+    """ROAD's three readings of one image in one order of removal, each fill by a direct solve."""
+    clean = int(classify(image[None])[0].argmax())
+    curves: dict[str, list[float]] = {"": [], "@label": [], "@probability": []}
+    for percentile in percentiles:
+        keep = torch.ones(image.shape[1:], dtype=torch.bool)
+        keep.view(-1)[list(order[: len(order) * percentile // 100])] = False
+        filled = slow.noisy_linear_exact(image, keep).float()
+        noisy = torch.where(keep, filled, (filled + noise).clamp(0, 1))
+        decided = int(classify(noisy[None])[0].argmax())
+        curves[""].append(float(decided == clean))
+        curves["@label"].append(float(decided == label))
+        curves["@probability"].append(slow.probability(classify, noisy, target))
+    return curves
