@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -33,6 +33,9 @@ class Scored:
     #: Positions of the images on which the map holds nothing that this score could use; they are
     #: scored as an empty map is.
     empty: Sequence[int] = ()
+    #: Positions of the images on which the score could not be had although there is a map, with the
+    #: reason: where another map that the score needs has failed.
+    failed: Mapping[int, str] = field(default_factory=dict)
 
 
 Values = Tensor | Scored

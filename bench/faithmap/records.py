@@ -93,7 +93,7 @@ class Facts:
     scores: Mapping[str, Direction] = field(default_factory=dict)
     #: Metrics: score -> the least and the largest value that it can take at the default parameters.
     bounds: Mapping[str, tuple[float, float]] = field(default_factory=dict)
-    #: Metrics: score -> the per-image score that stands in where a map is empty or failed.
+    #: Metrics: score -> the per-image score that stands in where a map is empty or failed; "": none.
     fallback: Mapping[str, str] = field(default_factory=dict)
     #: Metrics: scores that describe the image alone, stored whatever became of the map.
     map_free: frozenset[str] = frozenset()

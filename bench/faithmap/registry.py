@@ -307,8 +307,9 @@ def metric(
         needs: what an image must come with: "mask", "box", "region" (either), "label", or
             "explainer" (the metric calls the explainer itself).
         bounds: the least and the largest value that a score can take at the default parameters.
-        fallback: score -> the score of the same image that stands in for an empty or failed map;
-            all others take the mean of the reference null's draws.
+        fallback: score -> the score of the same image that stands in for an empty or failed map, or
+            "" where nothing may, because knowing nothing would score best; all others take the mean of
+            the reference null's draws.
         map_free: scores that describe the image alone, stored whatever became of the map.
         calibrate: score each method's swapped and rolled maps too.
         sample: scored on this many images of a run instead of on all.
