@@ -86,3 +86,24 @@ def road_curves(
         curves["@label"].append(float(decided == label))
         curves["@probability"].append(slow.probability(classify, noisy, target))
     return curves
+
+
+def auc_d(
+    classify: slow.Classify,
+    image: Tensor,
+    target: int,
+    values: Tensor,
+    ties: Tensor,
+    colour: Tensor,
+    shares: Sequence[float],
+) -> dict[str, float]:
+    """AUC-D of one map, by reading; label accuracy is not asked."""
+    curves = [
+        slow.perturbation_curves(classify, image, target, 0, signed, ties, colour, shares)
+        for signed in (values, -values)
+    ]
+    return {
+        reading: 100
+        * (slow.trapezoid(curves[1][reading], shares) - slow.trapezoid(curves[0][reading], shares))
+        for reading in ("", "@probability")
+    }
