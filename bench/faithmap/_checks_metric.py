@@ -114,7 +114,7 @@ class MetricTrial:
 
     def require_map(self) -> None:
         """Skip where the metric judges the explainer rather than a map."""
-        if "explainer" in self.plugin.facts.needs:
+        if self.plugin.facts.needs & HANDED:
             raise CheckSkipped("calls the explainer itself: a planted map tells nothing of it")
 
 

@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from faithmap.batch import Batch
 from faithmap.context import Context
 from faithmap.models import Model
+from faithmap.pool import Pool
+from faithmap.records import Sample
 from faithmap.removal import noise_field
 
 #: (height, width) in pixels, not square on purpose.
@@ -79,7 +81,18 @@ def planted_batch(model: Model, seed: int = 0) -> Batch:
         masks=masks,
         boxes=boxes,
         explainer=lambda _model, batch: _region(batch).float(),
+        pool=_planted_pool(model, images, labels, ground),
     )
+
+
+def _planted_pool(model: Model, images: Tensor, labels: Tensor, ground: Tensor) -> Pool:
+    """The images, and one without a patch, which is grey: four classes."""
+    grey = (ground.flip(0)[0]).expand(3, -1, -1)
+    samples = [
+        Sample(id=f"planted-{i}", image=image, label=label)
+        for i, (image, label) in enumerate(zip(images, labels.tolist(), strict=True))
+    ]
+    return Pool([*samples, Sample(id="planted-grey", image=grey, label=0)], model, split=lambda _: "")
 
 
 def planted_maps(batch: Batch) -> dict[str, Tensor]:

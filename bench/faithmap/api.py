@@ -12,7 +12,7 @@ from faithmap.batch import Batch
 from faithmap.config import parse_spec, split_list
 from faithmap.context import Context
 from faithmap.errors import FaithmapError, RequestError
-from faithmap.explaining import MapSet, bind, explain_batch, judge, lacking, undefined
+from faithmap.explaining import HANDED, MapSet, bind, explain_batch, judge, lacking, undefined
 from faithmap.fitting import advice, find, wants_fit
 from faithmap.models import Model, load_model
 from faithmap.records import Spec
@@ -124,10 +124,10 @@ def _uses(metrics: Sequence[str] | None, batch: Batch) -> list[MetricUse]:
     gives |= {"box"} if batch.boxes is not None else set()
     if metrics is None:
         uses = [use_metric(Spec(plugin.name)) for plugin in default_metrics()]
-        return [u for u in uses if "explainer" not in u.facts.needs and not lacking(u.facts.needs, gives)]
+        return [u for u in uses if not u.facts.needs & HANDED and not lacking(u.facts.needs, gives)]
     uses = [use_metric(parse_spec(name)) for text in metrics for name in split_list(text)]
     for use in uses:
-        if "explainer" in use.facts.needs:
+        if use.facts.needs & HANDED:
             raise RequestError(
                 f"metric '{use.plugin.name}' calls the explainer itself; use faithmap.run for it"
             )

@@ -19,7 +19,7 @@ from faithmap.records import Status, canonical_json
 from faithmap.registry import FITTED, Plugin
 
 #: Needs of a metric that the core meets, whatever the dataset gives.
-HANDED = frozenset({"explainer"})
+HANDED = frozenset({"explainer", "pool"})
 
 
 @dataclass(frozen=True)

@@ -87,7 +87,8 @@ class Facts:
     #: The plugin uses a library's global random state: call it one image at a time, seeded.
     per_image: bool = False
     role: Role = "method"
-    #: What must be known of an image: any of "label", "box", "mask", "region" (box or mask).
+    #: What must be known of an image: any of "label", "box", "mask", "region" (box or mask). Metrics may
+    #: also need "explainer" and "pool", which the core hands over.
     needs: frozenset[str] = frozenset()
     #: Metrics: score name -> direction.
     scores: Mapping[str, Direction] = field(default_factory=dict)

@@ -304,8 +304,9 @@ def metric(
         source: paper and section of the definition.
         scores: each score's name and direction ("higher", "lower" or "none").
         name: registry name; by default the function's name with hyphens.
-        needs: what an image must come with: "mask", "box", "region" (either), "label", or
-            "explainer" (the metric calls the explainer itself).
+        needs: what an image must come with: "mask", "box", "region" (either), "label"; or what the
+            core hands over: "explainer" (the metric calls the explainer itself), "pool" (the dataset's
+            other images).
         bounds: the least and the largest value that a score can take at the default parameters.
         fallback: score -> the score of the same image that stands in for an empty or failed map, or
             "" where nothing may, because knowing nothing would score best; all others take the mean of
