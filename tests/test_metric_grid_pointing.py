@@ -62,19 +62,24 @@ def signed(model: Model, batch: Batch) -> Tensor:
 
 
 def test_mosaics_and_shares_are_their_definitions(batch: Batch) -> None:
-    assert batch.pool is not None
-    found, seen = watched(batch, signed)
     images, labels = hue_images(20)
     known = []
     for i in range(20):
         chances = batch.context.model(images[i : i + 1]).softmax(1)[0]
         known.append((f"hue-{i}", int(labels[i]), int(chances.argmax()), float(chances[labels[i]])))
+    # A bar between two of them, so that rounding decides nothing; some images lie below.
+    ranked = sorted(entry[3] for entry in known)
+    bar = (ranked[5] + ranked[6]) / 2
+    found, seen = watched(batch, signed, confidence=bar)
     mosaics = {name: (some, i) for some in seen for i, name in enumerate(some.ids)}
-    assert set(mosaics) == set(batch.ids)
+    assert set(mosaics) == {name for name in batch.ids if known[int(name[4:])][3] >= bar}
+    assert 4 <= len(mosaics) < 10
     for i, name in enumerate(batch.ids):
+        if name not in mosaics:
+            continue
         some, k = mosaics[name]
         row, column = slow.place(name)
-        others = slow.partners(name, int(labels[i]), known, 0.5)
+        others = slow.partners(name, int(labels[i]), known, bar)
         shown = [images[int(other.partition("-")[2])] for other in others]
         shown.insert(2 * row + column, images[i])
         expected = slow.mosaic([slow.halved(image) for image in shown] if is_fixed(batch) else shown)

@@ -79,6 +79,8 @@ def test_kept_images_are_bounded_and_read_again(hues: Model, monkeypatch: pytest
     assert len(pool._images) == 3
     again = pool.image(everything[0])
     assert again is not None and torch.equal(first, again)
+    pool.release()
+    assert not pool._images
 
 
 def test_partners_are_of_other_classes_right_and_sure_and_follow_from_the_ids(hues: Model) -> None:

@@ -123,6 +123,10 @@ class Pool:
             self._partners[key] = tuple(found)
         return self._partners[key]
 
+    def release(self) -> None:
+        """Drop the images that are kept; what is known of them stays."""
+        self._images.clear()
+
     def takes(self, size: tuple[int, int]) -> bool:
         """Whether the model gives logits for images of a size (H, W); tried once, and not counted."""
         if size not in self._takes:
