@@ -17,6 +17,7 @@ from faithmap.batch import Batch
 from faithmap.context import Context
 from faithmap.explaining import bind
 from faithmap.models import Model
+from faithmap.records import Kind
 
 SIDE = 32
 
@@ -77,9 +78,9 @@ def explain(name: str, model: Model, batch: Batch, **params: Any) -> torch.Tenso
     return bind(plugin, plugin.check(params))(model, batch)
 
 
-def inside(name: str) -> Any:
+def inside(name: str, kind: Kind = "explainer") -> Any:
     """The module that holds a plugin, for its inner parts."""
-    return importlib.import_module(registry.get("explainer", name).target.__module__)
+    return importlib.import_module(registry.get(kind, name).target.__module__)
 
 
 def batch_of(model: Model, count: int = 2, seed: int = 3) -> Batch:

@@ -66,6 +66,10 @@ def test_lists_are_generated(kind: str, typed, capsys: pytest.CaptureFixture[str
     if kind in ("explainers", "metrics", "datasets"):
         names = {plugin.name for plugin in registry.plugins(kind[:-1])}  # type: ignore[arg-type]
         assert names == {entry["name"] for entry in entries}
+    if kind == "metrics":
+        named = [entry["name"] for entry in entries if not entry["default"]]
+        assert "insertion-deletion" in named and "perturbation" not in named
+        assert " ".join(shown.split()).count("Has to") == len(named)
 
 
 def test_the_list_of_explainers_carries_their_facts(

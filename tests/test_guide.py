@@ -124,6 +124,12 @@ class TestPlugins:
         results = conformance.check_metric(self.load(tmp_path, "inside_max"))
         assert {result.status for result in results} == {"passed"}, conformance.failures(results)
 
+    def test_the_metric_that_explains_again(self, tmp_path: Path) -> None:
+        plugin = self.load(tmp_path, "mirror_gap")
+        results = conformance.check_metric(plugin)
+        assert not conformance.failures(results)
+        assert plugin not in registry.default_metrics()
+
     def test_the_dataset(self, tmp_path: Path) -> None:
         for kind in ("hawk", "tiger"):
             (tmp_path / "test" / kind).mkdir(parents=True)

@@ -90,6 +90,28 @@ def test_parameters_are_checked(given: dict[str, object], message: str) -> None:
         registry.get("explainer", "integrated-gradients").check(given)
 
 
+def test_a_metric_may_ask_to_be_named() -> None:
+    @registry.metric(version=1, source="here", scores={"late": "none"}, default=False)
+    def late(model: object, batch: object, maps: object) -> None:
+        """Scored only where it is named."""
+
+    @registry.metric(version=1, source="here", scores={"plain": "none"})
+    def plain(model: object, batch: object, maps: object) -> None:
+        """Scored everywhere."""
+
+    names = [plugin.name for plugin in registry.default_metrics()]
+    assert "plain" in names
+    assert "late" not in names
+    assert registry.get("metric", "late").target is late
+
+
+def test_the_metrics_of_a_request_that_names_none() -> None:
+    """One more would make everybody's run longer: a new metric that is not cheap has to be named."""
+    assert [plugin.name for plugin in registry.default_metrics()] == [
+        "bounded-drop", "cost", "drop", "energy-pointing-game", "perturbation", "pointing-game",
+    ]  # fmt: skip
+
+
 def test_defaults_fill_what_is_not_given() -> None:
     plugin = registry.get("explainer", "integrated-gradients")
     assert plugin.check({"n_steps": 7})["n_steps"] == 7

@@ -23,6 +23,7 @@ from faithmap._checks import (
 from faithmap._planted import IMAGES, planted_batch, planted_maps, planted_model, turned
 from faithmap.batch import Batch, Scored
 from faithmap.columns import is_cost
+from faithmap.explaining import HANDED
 from faithmap.models import Model
 from faithmap.records import Direction
 from faithmap.registry import Plugin
@@ -113,7 +114,7 @@ class MetricTrial:
 
     def require_map(self) -> None:
         """Skip where the metric judges the explainer rather than a map."""
-        if "explainer" in self.plugin.facts.needs:
+        if self.plugin.facts.needs & HANDED:
             raise CheckSkipped("calls the explainer itself: a planted map tells nothing of it")
 
 
@@ -140,7 +141,8 @@ def check_facts(trial: MetricTrial) -> None:
                 " or ".join(f'"{word}"' for word in get_args(Direction)),
                 "Say which way is better.",
             )
-    named = {"fallback": {*facts.fallback, *facts.fallback.values()}, "map_free": facts.map_free,
+    stand_ins = {name for name in facts.fallback.values() if name}
+    named = {"fallback": {*facts.fallback, *stand_ins}, "map_free": facts.map_free,
              "bounds": {*facts.bounds}}  # fmt: skip
     for fact, names in named.items():
         unknown = sorted(set(names) - set(facts.scores))
@@ -198,7 +200,7 @@ def _check_shape(name: str, scored: Scored) -> None:
             'Leave the reason "" where there is a value.',
         )
     for i, value in enumerate(scored.values.tolist()):
-        told = (scored.reasons[i] if scored.reasons else "") or i in scored.empty
+        told = (scored.reasons[i] if scored.reasons else "") or i in scored.empty or i in scored.failed
         counted = scored.only is None or i in scored.only
         if counted and not told and not abs(value) < float("inf"):
             raise fail(
@@ -291,7 +293,7 @@ def check_bounds(trial: MetricTrial) -> None:
 
 def check_undefined(trial: MetricTrial) -> None:
     """Where an image lacks what the metric needs, the score is NaN with a reason, never a made-up number."""
-    needs = trial.plugin.facts.needs - {"explainer"}
+    needs = trial.plugin.facts.needs - HANDED
     if not needs:
         raise CheckSkipped("needs nothing that an image could lack")
     for need in sorted(needs):

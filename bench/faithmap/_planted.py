@@ -13,6 +13,9 @@ from torch import Tensor, nn
 from faithmap.batch import Batch
 from faithmap.context import Context
 from faithmap.models import Model
+from faithmap.pool import Pool
+from faithmap.records import Sample
+from faithmap.removal import noise_field
 
 #: (height, width) in pixels, not square on purpose.
 SIZE = (32, 40)
@@ -78,7 +81,18 @@ def planted_batch(model: Model, seed: int = 0) -> Batch:
         masks=masks,
         boxes=boxes,
         explainer=lambda _model, batch: _region(batch).float(),
+        pool=_planted_pool(model, images, labels, ground),
     )
+
+
+def _planted_pool(model: Model, images: Tensor, labels: Tensor, ground: Tensor) -> Pool:
+    """The images, and one without a patch, which is grey: four classes."""
+    grey = (ground.flip(0)[0]).expand(3, -1, -1)
+    samples = [
+        Sample(id=f"planted-{i}", image=image, label=label)
+        for i, (image, label) in enumerate(zip(images, labels.tolist(), strict=True))
+    ]
+    return Pool([*samples, Sample(id="planted-grey", image=grey, label=0)], model, split=lambda _: "")
 
 
 def planted_maps(batch: Batch) -> dict[str, Tensor]:
@@ -96,7 +110,7 @@ def planted_maps(batch: Batch) -> dict[str, Tensor]:
 
 
 def turned(batch: Batch, maps: Tensor) -> tuple[Batch, Tensor]:
-    """All turned by 180 degrees, ties too: the same question in the reverse order of memory."""
+    """All turned by 180 degrees, ties and noise too: the same question in the reverse order of memory."""
     height, width = SIZE
     images = batch.images.flip(2, 3)
     boxes = None
@@ -113,7 +127,7 @@ def turned(batch: Batch, maps: Tensor) -> tuple[Batch, Tensor]:
         boxes=boxes,
         seed=batch.seed,
         explainer=batch.explainer,
-        cache={"ties": batch.ties().flip(1, 2)},
+        cache={"ties": batch.ties().flip(1, 2), "fill noise": noise_field(batch).flip(2, 3)},
     )
     return other, maps.flip(1, 2)
 

@@ -12,11 +12,11 @@ from faithmap.batch import Batch
 from faithmap.config import parse_spec, split_list
 from faithmap.context import Context
 from faithmap.errors import FaithmapError, RequestError
-from faithmap.explaining import MapSet, bind, explain_batch, judge, lacking, undefined
+from faithmap.explaining import HANDED, MapSet, bind, explain_batch, judge, lacking, undefined
 from faithmap.fitting import advice, find, wants_fit
 from faithmap.models import Model, load_model
 from faithmap.records import Spec
-from faithmap.registry import get, plugins
+from faithmap.registry import default_metrics, get
 from faithmap.scoring import MetricUse, score_maps, use_metric
 
 if TYPE_CHECKING:
@@ -88,7 +88,8 @@ def score(
         images: (B, 3, H, W), RGB in [0, 1]; they are never resized.
         maps: (B, h, w) at any resolution, signs kept.
         targets: the classes (B,) that the maps explain; by default the predictions.
-        metrics: registry names, also `name[key=value]`; by default all that the given truths serve.
+        metrics: registry names, also `name[key=value]`; by default all that the given truths
+            serve, but for those that must be named.
         labels, masks, boxes: truths: (B,); bool (B, H, W); a (K, 4) tensor an image,
             `x0, y0, x1, y1` in pixels of `images`.
         ids: names of the images; by default their positions.
@@ -122,11 +123,11 @@ def _uses(metrics: Sequence[str] | None, batch: Batch) -> list[MetricUse]:
     gives |= {"mask"} if batch.masks is not None else set()
     gives |= {"box"} if batch.boxes is not None else set()
     if metrics is None:
-        uses = [use_metric(Spec(plugin.name)) for plugin in plugins("metric")]
-        return [u for u in uses if "explainer" not in u.facts.needs and not lacking(u.facts.needs, gives)]
+        uses = [use_metric(Spec(plugin.name)) for plugin in default_metrics()]
+        return [u for u in uses if not u.facts.needs & HANDED and not lacking(u.facts.needs, gives)]
     uses = [use_metric(parse_spec(name)) for text in metrics for name in split_list(text)]
     for use in uses:
-        if "explainer" in use.facts.needs:
+        if use.facts.needs & HANDED:
             raise RequestError(
                 f"metric '{use.plugin.name}' calls the explainer itself; use faithmap.run for it"
             )

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -14,6 +15,9 @@ from faithmap.context import Context
 from faithmap.models import Model
 from faithmap.records import digest
 from faithmap.resize import upsample
+
+if TYPE_CHECKING:
+    from faithmap.pool import Pool
 
 Maps = Tensor
 
@@ -33,6 +37,9 @@ class Scored:
     #: Positions of the images on which the map holds nothing that this score could use; they are
     #: scored as an empty map is.
     empty: Sequence[int] = ()
+    #: Positions of the images on which the score could not be had although there is a map, with the
+    #: reason: where another map that the score needs has failed.
+    failed: Mapping[int, str] = field(default_factory=dict)
 
 
 Values = Tensor | Scored
@@ -61,6 +68,8 @@ class Batch:
     seed_key: str = ""
     #: Calls the explainer that made the maps, for metrics that need it; None for maps given as such.
     explainer: Callable[[Model, Batch], Maps] | None = None
+    #: The dataset's other images, for metrics that need them; None outside a run.
+    pool: Pool | None = None
     #: Results that metrics of one batch share (tie fields, clean curves).
     cache: dict[str, Tensor] = field(default_factory=dict)
     #: What an explainer has to say of its maps, by the image's position; see `note`.

@@ -71,8 +71,9 @@ class RunSettings(BaseModel):
 class Config(BaseModel):
     """A request: settings, and the models, datasets, explainers and metrics of the grid.
 
-    An empty `metrics` means every metric that the dataset can serve. `fits` say by the name of an
-    explainer how the run fits it to each model where that has not been done; see `faithmap.requested_fits`.
+    An empty `metrics` means every metric that the dataset can serve, but for those that must be named.
+    `fits` say by the name of an explainer how the run fits it to each model where that has not been done; see
+    `faithmap.requested_fits`.
     `published` names figures (`SOURCE` or `SOURCE:TABLE`) that the outcome is set beside; see
     `faithmap.comparing`.
     """

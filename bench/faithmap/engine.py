@@ -97,6 +97,7 @@ def run_local(groups: Sequence[Group], store: RunStore, observer: Observer, save
                         seconds = time.perf_counter() - started
                         observer.unit(_title(result), result.images, seconds)
                     started = time.perf_counter()
+            group.pool.release()
     finally:
         observer.end()
 

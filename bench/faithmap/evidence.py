@@ -304,18 +304,22 @@ def _reference_line(planes: Mapping[tuple[str, str], Maps], manifest: Mapping[st
     return None
 
 
-def _stand_ins(scores: Sequence[str], manifest: Mapping[str, Any]) -> dict[int, int]:
-    """Positions of scores that have a score of their own to stand in, and of that score."""
+def _stand_ins(scores: Sequence[str], manifest: Mapping[str, Any]) -> dict[int, int | None]:
+    """Positions of scores that have a score of their own to stand in, and of that score; None for none."""
     named: dict[str, str] = {}
     for entry in manifest.get("metrics", ()):
         named.update(entry.get("fallback", {}))
     places = {score: place for place, score in enumerate(scores)}
-    pairs = {score: named.get(score, named.get(base_score(score), "")) for score in scores}
-    return {places[score]: places[other] for score, other in pairs.items() if other in places}
+    pairs = {score: named.get(score, named.get(base_score(score))) for score in scores}
+    return {
+        places[score]: places[other] if other else None
+        for score, other in pairs.items()
+        if other == "" or other in places
+    }
 
 
 def _substituted(
-    maps: Maps, scores: Sequence[str], null: FloatArray, stand_ins: Mapping[int, int]
+    maps: Maps, scores: Sequence[str], null: FloatArray, stand_ins: Mapping[int, int | None]
 ) -> FloatArray:
     """Values (K, S, N) with the scores of empty and failed maps filled in where that is possible."""
     values = maps.values.copy()
@@ -323,10 +327,12 @@ def _substituted(
         void = np.isin(maps.status[:, place], (EMPTY, FAILED))
         if is_cost(score) or not void.any():
             continue
-        if place in stand_ins:
-            stand_in = maps.values[:, stand_ins[place]]
-        else:
+        if place not in stand_ins:
             stand_in = np.broadcast_to(null[place], void.shape)
+        elif (other := stand_ins[place]) is not None:
+            stand_in = maps.values[:, other]
+        else:
+            continue
         values[:, place][void] = stand_in[void]
     return values
 

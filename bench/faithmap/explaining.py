@@ -19,6 +19,9 @@ from faithmap.records import Status, canonical_json
 from faithmap.registry import FITTED, REDUCED, Plugin, keyword_only
 from faithmap.resize import reduce_to_grid
 
+#: Needs of a metric that the core meets, whatever the dataset gives.
+HANDED = frozenset({"explainer", "pool"})
+
 
 @dataclass(frozen=True)
 class MapSet:
@@ -50,7 +53,7 @@ def undefined(plugin: Plugin, model: Model, gives: frozenset[str] | set[str]) ->
 
 def lacking(needs: frozenset[str], gives: frozenset[str] | set[str]) -> str:
     """What a plugin needs of a dataset that the dataset does not give; empty if nothing."""
-    for need in sorted(needs - {"explainer"}):
+    for need in sorted(needs - HANDED):
         if need == "region" and not {"box", "mask"} & set(gives):
             return "needs boxes or masks, which the dataset does not give"
         if need != "region" and need not in gives:

@@ -69,7 +69,7 @@ def _plugin(plugin: registry.Plugin) -> dict[str, Any]:
             "documentation": plugin.documentation,
         }
     elif facts.kind == "metric":
-        entry |= {"scores": dict(facts.scores), "needs": sorted(facts.needs)}
+        entry |= {"scores": dict(facts.scores), "needs": sorted(facts.needs), "default": facts.default}
     else:
         entry |= {"license": facts.license, "revision": facts.revision, "gives": sorted(facts.gives)}
     return entry
@@ -149,7 +149,8 @@ def show(kind: str, as_json: bool, console: Console, errors: Console) -> int:
         table = Table("name", "what it is", "parameters", box=None, header_style="bold", pad_edge=False)
         for entry in found:
             params = ", ".join(f"{key}={brief(value)}" for key, value in entry.get("params", {}).items())
-            table.add_row(entry["name"], entry["summary"], params)
+            named = "" if entry.get("default", True) else " Has to be named."
+            table.add_row(entry["name"], f"{entry['summary']}{named}", params)
         console.print(table, markup=False, highlight=False)
     unloaded = {}
     for single in registry.KINDS:

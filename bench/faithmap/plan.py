@@ -20,7 +20,7 @@ from faithmap.fitting import Fit, advice, find, wants_fit
 from faithmap.models import Model, load_model
 from faithmap.perturb import make_fill
 from faithmap.records import REFERENCE_NULL, Cell, Sample, Spec, canonical_json, digest
-from faithmap.registry import AUTO, FITTED, Plugin, get, plugins
+from faithmap.registry import AUTO, FITTED, Plugin, default_metrics, get
 from faithmap.requested_fits import Recipe, made, read_recipes
 from faithmap.scoring import Heading, MetricUse, use_metric
 from faithmap.training import Training
@@ -206,7 +206,7 @@ def _explainers(config: Config) -> tuple[ExplainerUse, ...]:
 
 
 def _metrics(config: Config) -> tuple[MetricUse, ...]:
-    specs = config.metrics or tuple(Spec(plugin.name) for plugin in plugins("metric"))
+    specs = config.metrics or tuple(Spec(plugin.name) for plugin in default_metrics())
     uses = tuple(use_metric(spec) for spec in specs)
     for use in uses:
         if isinstance(fill := use.params.get("fill"), str):

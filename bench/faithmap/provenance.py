@@ -155,7 +155,9 @@ def describe_metric(use: MetricUse) -> dict[str, Any]:
         "variant": use.variant,
         "source": facts.source,
         "scores": use.scores,
-        "fallback": {use.title(score): use.title(other) for score, other in facts.fallback.items()},
+        "fallback": {
+            use.title(score): use.title(other) if other else "" for score, other in facts.fallback.items()
+        },
         "fill": use.params.get("fill"),
     }
 

@@ -87,13 +87,14 @@ class Facts:
     #: The plugin uses a library's global random state: call it one image at a time, seeded.
     per_image: bool = False
     role: Role = "method"
-    #: What must be known of an image: any of "label", "box", "mask", "region" (box or mask).
+    #: What must be known of an image: any of "label", "box", "mask", "region" (box or mask). Metrics may
+    #: also need "explainer" and "pool", which the core hands over.
     needs: frozenset[str] = frozenset()
     #: Metrics: score name -> direction.
     scores: Mapping[str, Direction] = field(default_factory=dict)
     #: Metrics: score -> the least and the largest value that it can take at the default parameters.
     bounds: Mapping[str, tuple[float, float]] = field(default_factory=dict)
-    #: Metrics: score -> the per-image score that stands in where a map is empty or failed.
+    #: Metrics: score -> the per-image score that stands in where a map is empty or failed; "": none.
     fallback: Mapping[str, str] = field(default_factory=dict)
     #: Metrics: scores that describe the image alone, stored whatever became of the map.
     map_free: frozenset[str] = frozenset()
@@ -101,6 +102,8 @@ class Facts:
     calibrate: bool = False
     #: Metrics: scored on this many images of the run instead of all (the cost metric).
     sample: int | None = None
+    #: Metrics: scored where a request names no metrics; False for one that has to be named.
+    default: bool = True
     #: Datasets.
     license: str = ""
     revision: str = ""

@@ -314,6 +314,7 @@ def metric(
     map_free: Iterable[str] = (),
     calibrate: bool = False,
     sample: int | None = None,
+    default: bool = True,
     check_params: Mapping[str, Any] | None = None,
 ) -> Callable[[Function], Function]:
     """Register a metric: `f(model, batch, maps, *, params) -> {score: values (B,)}`.
@@ -323,20 +324,25 @@ def metric(
         source: paper and section of the definition.
         scores: each score's name and direction ("higher", "lower" or "none").
         name: registry name; by default the function's name with hyphens.
-        needs: what an image must come with: "mask", "box", "region" (either), "label", or
-            "explainer" (the metric calls the explainer itself).
+        needs: what an image must come with: "mask", "box", "region" (either), "label"; or what the
+            core hands over: "explainer" (the metric calls the explainer itself), "pool" (the dataset's
+            other images).
         bounds: the least and the largest value that a score can take at the default parameters.
-        fallback: score -> the score of the same image that stands in for an empty or failed map;
-            all others take the mean of the reference null's draws.
+        fallback: score -> the score of the same image that stands in for an empty or failed map, or
+            "" where nothing may, because knowing nothing would score best; all others take the mean of
+            the reference null's draws.
         map_free: scores that describe the image alone, stored whatever became of the map.
         calibrate: score each method's swapped and rolled maps too.
         sample: scored on this many images of a run instead of on all.
+        default: False for a metric that is scored only where it is named, because it would multiply
+            the time of a run or belongs to few readers' questions.
         check_params: small settings with which the conformance kit runs the plugin.
     """
     facts = {
         "version": version, "source": source, "scores": dict(scores), "needs": frozenset(needs),
         "bounds": dict(bounds or {}), "fallback": dict(fallback or {}), "map_free": frozenset(map_free),
-        "calibrate": calibrate, "sample": sample, "check_params": dict(check_params or {}),
+        "calibrate": calibrate, "sample": sample, "default": default,
+        "check_params": dict(check_params or {}),
     }  # fmt: skip
     return _decorator("metric", name, facts)
 
@@ -392,6 +398,11 @@ def plugins(kind: Kind) -> list[Plugin]:
     """All plugins of a kind, by name."""
     _discover(kind)
     return [plugin for (k, _), plugin in sorted(_plugins.items()) if k == kind]
+
+
+def default_metrics() -> list[Plugin]:
+    """The metrics of a request that names none, by name."""
+    return [plugin for plugin in plugins("metric") if plugin.facts.default]
 
 
 def broken(kind: Kind) -> dict[str, str]:

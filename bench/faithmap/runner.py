@@ -22,6 +22,7 @@ from faithmap.folders import IMAGES, read_run
 from faithmap.models import Model
 from faithmap.perturb import chunk_size
 from faithmap.plan import Grid, default_folder, identity, make_grid, plan_tasks
+from faithmap.pool import Pool
 from faithmap.previews import draw_previews
 from faithmap.provenance import manifest
 from faithmap.records import digest
@@ -273,6 +274,7 @@ def make_groups(grid: Grid, settings: Mapping[str, Any]) -> list[Group]:
                     shards=shards(samples, int(settings["batch_size"])),
                     read_key=read_key,
                     dataset=dataset.label,
+                    pool=Pool(dataset.samples, model),
                 )
             )
     return groups

@@ -147,8 +147,10 @@ def _verdict(use: MetricUse, score: str, given: Values, found: MapSet, size: int
     curves = None if scored.curves is None else scored.curves.detach().double().cpu().tolist()
     verdict = Verdict(use.title(score), [], [], [], [], range(size) if scored.only is None else scored.only)
     for i, value in enumerate(values.tolist()):
-        reason = scored.reasons[i] if scored.reasons else ""
-        status = _status(value, reason, found.status[i], i in scored.empty, score in use.facts.map_free)
+        reason, map_free = scored.reasons[i] if scored.reasons else "", score in use.facts.map_free
+        status = _status(value, reason, found.status[i], i in scored.empty, map_free)
+        if i in scored.failed and status != "skipped" and (map_free or found.status[i] == "ok"):
+            status, reason = "failed", scored.failed[i]
         verdict.status.append(status)
         verdict.values.append(value if status == "ok" else None)
         verdict.curves.append(tuple(curves[i]) if curves is not None and status == "ok" else None)
@@ -173,7 +175,8 @@ def _reason(status: Status, given: str, of_map: str, map_status: Status) -> str:
         "failed": "the score is NaN or infinite",
         "empty": "the map holds nothing that this score could use",
     }
-    return (given if status == "skipped" else of_map or given) or fallback.get(status, "")
+    of_score = status == "skipped" or map_status == "ok"
+    return (given or of_map if of_score else of_map or given) or fallback.get(status, "")
 
 
 def _blank(use: MetricUse, found: MapSet) -> list[Verdict]:

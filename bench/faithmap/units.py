@@ -13,6 +13,7 @@ from faithmap.data import Shard, make_batch, read_shard
 from faithmap.explaining import MapSet, explain_batch
 from faithmap.models import Model
 from faithmap.plan import Task, map_grid
+from faithmap.pool import Pool
 from faithmap.records import Cell, Row, Sample, Status, digest
 from faithmap.resize import reduce_to_grid
 from faithmap.scoring import UNREADABLE, Heading, MetricUse, rows_of, score_maps, skip_rows, unreadable_row
@@ -32,6 +33,8 @@ class Group:
     #: Key of the rows that record unreadable images.
     read_key: str
     dataset: str
+    #: All images of the dataset, for metrics that set an image among others.
+    pool: Pool
     done: dict[str, Done] = field(default_factory=dict)
     unreadable: set[str] = field(default_factory=set)
 
@@ -84,6 +87,7 @@ def run_shard(group: Group, shard: Shard, pending: Sequence[Task]) -> Iterator[U
     if not read:
         return
     batch = make_batch(read, group.model, group.config.run.target, map_grid(group.config, group.model), seed)
+    batch = replace(batch, pool=group.pool)
     maps: dict[str, MapSet] = {}
     for task in pending:
         heading = task.heading(seed)
