@@ -70,11 +70,12 @@ class TestShipped:
             (source.name, column.name) for source in SOURCES.values() for column in source.columns.values()
             if column.unmapped
         }  # fmt: skip
-        assert unmapped == {
-            ("score-cam-2020", "deletion_auc"),
-            ("score-cam-2020", "insertion_auc"),
-            ("scorecampp-2024", "win"),
-        }
+        assert unmapped == {("scorecampp-2024", "win")}
+
+    def test_fractions_become_percent_like_our_shares(self) -> None:
+        (figures,) = SOURCES["score-cam-2020"].of_table("table2")
+        assert figures.columns["deletion_auc"]["gradcam"] == 8.9
+        assert figures.units["deletion_auc"] == "percent, printed as a fraction"
 
     def test_notes_name_tables_and_columns_that_exist(self) -> None:
         for source in SOURCES.values():

@@ -351,8 +351,11 @@ def _figures(
         column = groups.setdefault(place, {}).setdefault(line["metric"], {})
         if name in column:
             raise FaithmapError(f"{where}: '{name}' has a value in this place already")
-        column[name] = _number(where, "value", line["value"])
-        units.setdefault(place, {})[line["metric"]] = line["unit"]
+        value, unit = _number(where, "value", line["value"]), line["unit"]
+        if unit == "fraction":  # our shares are percent
+            value, unit = round(100 * value, 6), "percent, printed as a fraction"
+        column[name] = value
+        units.setdefault(place, {})[line["metric"]] = unit
     return tuple(
         Figures(source, table, models[model], images[dataset], setting, columns_here, units[place])
         for place, columns_here in groups.items()
