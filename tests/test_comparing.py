@@ -374,7 +374,6 @@ class TestScope:
             ("scan-2026:table11", "'scan-2026' has no table 'table11'; did you mean 'table1'"),
             ("scan-2026:table4", "'scan-2026:table4' cannot be set beside a board: fewer than three methods"),
             ("scan-2026:section4.1.1", "cannot be set beside a board: the model is not stated"),
-            ("score-cam-2020:table2", "insertion_auc: no metric here inserts one percent"),
         ],
     )
     def test_what_cannot_be_compared_is_refused(self, wanted: str, message: str) -> None:
