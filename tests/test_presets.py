@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import timm
 import torchvision
@@ -42,6 +44,13 @@ def test_the_list_says_what_each_is() -> None:
         "(1 model, 1 dataset, 10 explainers)"
     )
     assert all(len(said) > 60 and "et al (" not in said for said in told.values())
+
+
+def test_the_guide_names_every_preset_of_a_paper() -> None:
+    guide = (Path(__file__).parents[1] / "docs" / "tables.md").read_text()
+    for name in preset_names():
+        inner = name in {"scan-table7", "scan-table8"}  # "`scan-table6` to `scan-table9`"
+        assert name == "quickstart" or inner or f"`{name}`" in guide, name
 
 
 def test_models_exist(preset: Config) -> None:
