@@ -16,7 +16,8 @@ from faithmap.registry import get
 from faithmap.requested_fits import SETTINGS
 from faithmap.training import fit_options
 
-PAPERS = [name for name in preset_names() if "table" in name or name == "scorecam++-imagenet"]
+PAPERS = [name for name in preset_names() if load_config(name).published and "imagenet" in {
+    spec.name for spec in load_config(name).datasets}]  # fmt: skip
 
 
 @pytest.fixture(params=preset_names())

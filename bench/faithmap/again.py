@@ -35,6 +35,11 @@ def with_images(batch: Batch, images: Tensor, **changes: Any) -> Batch:
     return replace(batch, images=images, context=context, cache={}, notes={}, **changes)
 
 
+def with_model(batch: Batch, model: Model) -> Batch:
+    """The batch for another model of the same classes, of which nothing is computed yet; the seeds stay."""
+    return replace(batch, context=Context(model, batch.images), cache={}, notes={})
+
+
 def for_classes(batch: Batch, targets: Tensor) -> Batch:
     """The batch with other classes (B,) to explain; images, shared passes and seeds are the same."""
     return replace(batch, targets=targets, notes={})

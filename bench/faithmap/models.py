@@ -241,6 +241,10 @@ class Model(nn.Module):
             outer.add(self.meter)
             self.meter = outer
 
+    def forget_digests(self) -> None:
+        """Take the digests anew when they are next asked for: weights have been changed."""
+        self._digest = self._weights_digest = ""
+
     def digest(self) -> str:
         """SHA-256 over every weight and buffer, the normalisation and the transform, shortened."""
         if not self._digest:

@@ -1,0 +1,98 @@
+"""Copies of a model whose weights say less and less: the cascade of Adebayo et al. 2018 (arXiv:1810.03292).
+
+Layers lose their weights from the logits down to the pixels, each stage on top of the last one.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Iterator
+
+import torch
+from torch import nn
+
+from faithmap.batch import seed_of
+from faithmap.errors import RequestError, nearest
+from faithmap.models import Model
+
+#: What becomes of a weight: the tensor's entries change places, or the layer's own initialisation is drawn.
+WAYS = ("shuffled", "reinitialised")
+
+
+def cascade(model: Model, stages: int, how: str = "shuffled", seed: int = 0) -> Iterator[Model]:
+    """Copies of a model without the weights of its last 1/stages, 2/stages, ..., of all its layers.
+
+    "shuffled" lets the entries of every tensor change places: a layer keeps its scale, so that what comes out
+    of the network, and its gradients, stay of the usual size. "reinitialised" draws each layer's own
+    initialisation, as the paper does; running statistics of batch norms then start at 0 and 1, which leaves
+    little of the signal in a deep network.
+
+    Each copy is the last one, changed further: use it before asking for the next. What is drawn depends on
+    the seed and the layer's name alone.
+
+    Args:
+        model: the model, which stays as it is.
+        stages: steps of the cascade, 1 or more; the last one leaves no weight in place.
+        how: one of `WAYS`.
+        seed: of the draws.
+
+    Raises:
+        RequestError: there is no such way, or no stage.
+    """
+    if how not in WAYS:
+        raise RequestError(f"weights cannot be '{how}'; {nearest(how, WAYS)}")
+    if stages < 1:
+        raise RequestError(f"stages: got {stages}, expected at least 1")
+    changed = copy.deepcopy(model)
+    names = layers_from_the_top(changed)
+    done = 0
+    for stage in range(1, stages + 1):
+        upto = math.ceil(len(names) * stage / stages)
+        for name in names[done:upto]:
+            _forget(changed.module.get_submodule(name), how, seed_of(seed, "randomised", name))
+        done = upto
+        changed.forget_digests()
+        yield changed
+
+
+def layers_from_the_top(model: Model) -> list[str]:
+    """Modules that hold weights of their own, in the reverse of the order in which they finish."""
+    order: dict[str, None] = {}
+    holders = {
+        module: name
+        for name, module in model.module.named_modules()
+        if list(module.parameters(recurse=False))
+    }
+
+    def note(module: nn.Module, _inputs: object, _output: object) -> None:
+        order.pop(holders[module], None)
+        order[holders[module]] = None
+
+    handles = [module.register_forward_hook(note) for module in holders]
+    try:
+        with model.counting() as meter, torch.no_grad():
+            model(torch.zeros(1, 3, *model.input_size, device=model.device))
+            meter.forwards = 0
+    finally:
+        for handle in handles:
+            handle.remove()
+    # A root with tokens or positions of its own finishes last, but they enter first.
+    found = [name for name in order if name]
+    idle = [name for name in holders.values() if name and name not in order]
+    own = [""] if "" in holders.values() else []
+    return [*reversed(found), *idle, *own]
+
+
+def _forget(module: nn.Module, how: str, seed: int) -> None:
+    """Take the sense out of a module's own weights."""
+    generator = torch.Generator().manual_seed(seed)
+    if how == "reinitialised" and callable(reset := getattr(module, "reset_parameters", None)):
+        with torch.random.fork_rng(devices=[]), torch.no_grad():
+            torch.manual_seed(seed)
+            reset()
+        return
+    with torch.no_grad():
+        for parameter in module.parameters(recurse=False):
+            order = torch.randperm(parameter.numel(), generator=generator).to(parameter.device)
+            parameter.copy_(parameter.flatten()[order].view_as(parameter))
