@@ -88,6 +88,10 @@ def test_damage_is_named(store: RunStore) -> None:
     (store.path / "manifest.json").write_text("{")
     with pytest.raises(FaithmapError, match=r"manifest\.json is damaged"):
         store.manifest()
+    for content in ("{}", "[]", '{"identity": {}}'):
+        (store.path / "manifest.json").write_text(content)
+        with pytest.raises(FaithmapError, match=r"manifest\.json is no manifest of a run"):
+            store.manifest()
 
 
 def test_a_second_process_is_kept_out(store: RunStore) -> None:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from faithmap.config import Config, load_config, parse_spec, split_list
-from faithmap.errors import RequestError, nearest
+from faithmap.errors import DataError, RequestError, nearest
 from faithmap.listing import load_plugins
 from faithmap.records import Spec
 
@@ -238,7 +238,10 @@ def explain(
         get("explainer", spec.name).check(spec.params)
     model_spec = parse_spec(model)
     network = load_model(model_spec.name, **model_spec.params).to(resolve_device(device))
-    prepared = prepare(Sample(id=image.name, image=image), network.transform)
+    try:
+        prepared = prepare(Sample(id=image.name, image=image), network.transform)
+    except DataError as error:
+        raise RequestError(f"{error}; give an image file") from error
     batch = prepared.image.unsqueeze(0).to(network.device)
     logits = heatmaps.logits(network, batch)
     chosen = int(logits.argmax()) if target is None else target

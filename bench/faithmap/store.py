@@ -39,6 +39,8 @@ KEY_COLUMNS = [
     "model", "dataset", "explainer", "params", "map_grid", "seed", "spec", "image_id", "metric",
 ]  # fmt: skip
 MANIFEST = "manifest.json"
+#: What every manifest holds, and nothing can be done without.
+ESSENTIAL = ("identity", "settings", "cells", "models", "datasets", "explainers", "metrics")
 UNFINISHED = ".unfinished"
 PREVIEWS = "previews"
 LOCK = ".lock"
@@ -183,6 +185,12 @@ class RunStore:
             raise FaithmapError(
                 f"{file} is damaged ({error}); restore it, or run again with --fresh"
             ) from error
+        missing = [key for key in ESSENTIAL if not isinstance(content, dict) or key not in content]
+        if missing:
+            raise FaithmapError(
+                f"{file} is no manifest of a run (it has no '{missing[0]}'); restore it, or run again with "
+                "--fresh"
+            )
         return content
 
     def write_manifest(self, content: Mapping[str, Any]) -> None:
