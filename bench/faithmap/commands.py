@@ -181,13 +181,13 @@ def finetuning(
         refuse_overlap(images, samples, test_images, test_samples)
     if not samples or not test_samples:
         raise RequestError(
-            f"dataset '{images.label}': of {len(images.samples)} images {len(samples)} are left to learn "
-            f"from and {len(test_samples)} to test on; give more images, another --hold-out, or --test-dataset"
+            f"dataset '{images.label}': of {len(images.samples)} images {len(samples)} are left to "
+            f"learn from and {len(test_samples)} to test on; give more images, another --hold-out, or "
+            "--test-dataset"
         )
     network = _network(spec)
-    called = tuned.usable_name(
-        name or f"{spec.title.rpartition('/')[2]}-{images.label}", asked=name is not None
-    )
+    by_itself = f"{spec.title.rpartition('/')[2]}-{images.label}"
+    called = tuned.usable_name(name or by_itself, asked=name is not None)
     _onto_device(network, settings)
     return Finetuning(
         called, network, base_of(spec, network), images, samples, test_images, test_samples, checked,

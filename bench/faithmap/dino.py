@@ -81,7 +81,7 @@ def build(name: str, params: Mapping[str, Any]) -> tuple[nn.Module, dict[str, An
     classes = int(kwargs.pop("num_classes", CLASSES))
     full = f"dino/{name}"
     try:
-        module = timm.create_model(f"{name}.dino", pretrained=download, num_classes=0, **kwargs)
+        module: Any = timm.create_model(f"{name}.dino", pretrained=download, num_classes=0, **kwargs)
     except (TypeError, AssertionError) as error:
         raise RequestError(f"{full} does not take kwargs {kwargs}: {error}") from error
     except Exception as error:
@@ -96,7 +96,7 @@ def build(name: str, params: Mapping[str, Any]) -> tuple[nn.Module, dict[str, An
     # The same network, read in another way: timm builds no subclass of its own by name.
     module.__class__ = DinoClassifier
     module.read_blocks, module.reads_patches, module.num_classes = blocks, patches, classes
-    module.head = nn.Linear(module.embed_dim * (blocks + patches), classes)
+    module.head = nn.Linear(int(module.embed_dim) * (blocks + patches), classes)
     nn.init.normal_(module.head.weight, std=SPREAD)
     nn.init.zeros_(module.head.bias)
     if both:

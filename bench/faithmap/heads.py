@@ -55,7 +55,7 @@ def find_head(module: nn.Module, example: Tensor) -> Head:
         (name, layer) for name, layer in module.named_modules()
         if name and next(layer.parameters(recurse=False), None) is not None
     ]  # fmt: skip
-    handles = [layer.register_forward_hook(note(name, layer)) for name, layer in leaves]  # type: ignore[arg-type]
+    handles = [layer.register_forward_hook(note(name, layer)) for name, layer in leaves]
     try:
         with torch.no_grad():
             logits = module(example)

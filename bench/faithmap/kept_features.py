@@ -45,7 +45,7 @@ class Kept:
         self, batch_size: int, epoch: int, *, start: int = 0
     ) -> Iterator[tuple[list[Tensor], Tensor]]:
         """Inputs, a tensor for each layer of the head, and labels (B,), of one epoch from a batch on."""
-        order = torch.tensor(epoch_order(len(self.labels), self._seed, epoch))
+        order = torch.tensor(epoch_order(len(self.labels), self._seed, epoch), dtype=torch.long)
         for place in range(start, self.steps(batch_size)):
             chosen = order[place * batch_size : (place + 1) * batch_size]
             inputs = [tensor[chosen].to(self._device) for tensor in self.inputs]

@@ -17,7 +17,8 @@ TRAIN = ("head", "all")
 AUGMENT = ("none", "flip", "crop")
 SCHEDULES = ("cosine", "tanh", "step", "multistep", "poly", "wsd", "rsqrt", "constant", "none")
 
-#: Every option with its default; None where the default depends on what is trained (see `BY_TRAIN`).
+#: Every option with its default; None where it depends on what is trained (`BY_TRAIN`) or on the schedule
+#: (`by_schedule`).
 OPTIONS: dict[str, Any] = {
     "train": "head",
     "epochs": None,
@@ -30,10 +31,12 @@ OPTIONS: dict[str, Any] = {
     "schedule": "cosine",
     "warmup_epochs": None,
     "min_lr": 0.0,
-    #: Of the schedules step, wsd and rsqrt, in epochs; of multistep, `decay_milestones`.
-    "decay_epochs": 0.2,
-    "decay_milestones": [],
-    "decay_rate": 0.1,
+    #: Epochs between two steps ("step"), or of the last decay ("wsd", "rsqrt"; below 1 a share of all).
+    "decay_epochs": None,
+    #: Epochs after which "multistep" steps.
+    "decay_milestones": None,
+    #: Of a step; of "poly" the power.
+    "decay_rate": None,
     "batch_size": 64,
     "augment": None,
     "label_smoothing": 0.0,
@@ -48,25 +51,35 @@ BY_TRAIN: dict[str, dict[str, Any]] = {
 }
 
 
+def by_schedule(schedule: str, epochs: int) -> dict[str, Any]:
+    """The defaults that depend on the schedule."""
+    return {
+        "decay_epochs": epochs / 3 if schedule == "step" else 0.2,
+        "decay_milestones": [epochs / 2, 3 * epochs / 4],
+        "decay_rate": 1.0 if schedule == "poly" else 0.1,
+    }
+
+
 def finetune_options(given: Mapping[str, Any]) -> dict[str, Any]:
     """The options of a fine-tuning, `given` over the defaults.
 
     Raises:
         RequestError: an option is unknown, of another type, or out of range.
     """
+    examples = OPTIONS | BY_TRAIN["head"] | by_schedule("cosine", 1)
     for key, value in given.items():
         if key not in OPTIONS:
             raise RequestError(f"finetune has no option '{key}'; {nearest(key, OPTIONS)}")
-        train = given.get("train", "head")
-        default = BY_TRAIN.get(train, BY_TRAIN["head"]).get(key, OPTIONS[key])
-        check_type(f"finetune, option '{key}'", value, default)
+        check_type(f"finetune, option '{key}'", value, examples[key])
     known = {key: value for key, value in given.items() if value is not None}
     for key, choices in (("train", TRAIN), ("augment", AUGMENT), ("schedule", SCHEDULES)):
         if key in known and known[key] not in choices:
             raise RequestError(
                 f"finetune, option '{key}': got {known[key]!r}, expected one of {', '.join(choices)}"
             )
-    options = with_defaults(OPTIONS | BY_TRAIN[known.get("train", "head")], known)
+    defaults = OPTIONS | BY_TRAIN[known.get("train", "head")]
+    schedule, epochs = known.get("schedule", OPTIONS["schedule"]), known.get("epochs", defaults["epochs"])
+    options = with_defaults(defaults | by_schedule(schedule, epochs), known)
     for key, least in (("epochs", 1), ("batch_size", 1), ("warmup_epochs", 0), ("clip_grad", 0)):
         if options[key] < least:
             raise RequestError(f"finetune, option '{key}': got {options[key]}, expected {least} or more")
@@ -88,10 +101,12 @@ def make_optimizer(learning: nn.Module, options: Mapping[str, Any]) -> torch.opt
     import timm.optim
 
     name = str(options["optimizer"])
-    known = timm.optim.list_optimizers()
+    known = [str(entry) for entry in timm.optim.list_optimizers()]
     if name.removeprefix("lookahead_") not in known:
         raise RequestError(f"timm has no optimiser '{name}'; {nearest(name, known)}")
-    more = {} if options["layer_decay"] == 1.0 else {"layer_decay": float(options["layer_decay"])}
+    more: dict[str, Any] = (
+        {} if options["layer_decay"] == 1.0 else {"layer_decay": float(options["layer_decay"])}
+    )
     try:
         return timm.optim.create_optimizer_v2(
             learning, opt=name, lr=float(options["lr"]), weight_decay=float(options["weight_decay"]),
@@ -116,12 +131,14 @@ def make_scheduler(optimizer: torch.optim.Optimizer, options: Mapping[str, Any],
     name = str(options["schedule"])
     if name == "none":
         return None
+    # Without a warm-up this schedule has no time scale of its own.
+    more = {"stable_timescale": 1.0} if name == "rsqrt" and not options["warmup_epochs"] else {}
     try:
         scheduler, _ = timm.scheduler.create_scheduler_v2(
             optimizer, sched=name, num_epochs=int(options["epochs"]), min_lr=float(options["min_lr"]),
             warmup_epochs=int(options["warmup_epochs"]), decay_rate=float(options["decay_rate"]),
-            decay_epochs=options["decay_epochs"], decay_milestones=list(options["decay_milestones"]),
-            warmup_lr=float(options["lr"]) / 100, step_on_epochs=False, updates_per_epoch=per_epoch,
+            decay_epochs=float(options["decay_epochs"]), decay_milestones=list(options["decay_milestones"]),
+            warmup_lr=float(options["lr"]) / 100, step_on_epochs=False, updates_per_epoch=per_epoch, **more,
         )  # fmt: skip
     except (ValueError, AssertionError, ZeroDivisionError) as error:
         raise RequestError(f"timm's schedule '{name}' does not take these options: {error}") from error
