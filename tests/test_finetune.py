@@ -330,8 +330,6 @@ def test_features_are_kept_over_a_kill(resnet: Model, monkeypatch: pytest.Monkey
     (shelf,) = tuned.folder().glob("*.features")
     assert len(list(shelf.glob("*.safetensors"))) == 1
     resumed = finetuning.finetune(request)
-    monkeypatch.undo()
-    os.environ[fitting.HOME_VARIABLE] = str(shelf.parent.parent)
     assert finetuning.finetune(request, fresh=True).digest == resumed.digest
 
 
@@ -408,9 +406,7 @@ def test_the_command_says_how_it_went_and_a_run_takes_the_model(home: Path, tmp_
                        "--out", out)  # fmt: skip
     assert code == 0, said
     entry = json.loads((out / "manifest.json").read_text())["models"]["tuned/mine"]
-    assert (
-        entry["classes"] == 8 and entry["tuned"]["scored_too"] == ["shapes[split=train,n=24]"] or ["shapes"]
-    )
+    assert entry["classes"] == 8 and entry["tuned"]["scored_too"] == ["shapes"]
     assert entry["tuned"]["record"]["key"] in file.stem
     assert "ids" not in entry["tuned"]["record"]["data"]
     assert "The model was fine-tuned on images of this very table" in (out / "leaderboard.md").read_text()
@@ -537,7 +533,7 @@ def test_gradcam_of_a_tuned_head_is_the_closed_form(resnet: Model) -> None:
     model = load_model("tuned/mine")
     batch = some_batch(model, 2)
     features = Context(model, batch.images).activations()
-    weights = model.module.fc.weight[batch.targets]
+    weights = model.module.fc.weight.detach()[batch.targets]
     cam = (weights[:, :, None, None] * features).sum(1).relu() / features[0, 0].numel()
     assert torch.allclose(maps_of("gradcam", model, batch), cam, atol=1e-5 * float(cam.max()))
 

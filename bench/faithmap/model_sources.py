@@ -233,16 +233,32 @@ def _huggingface(name: str, params: Mapping[str, Any]) -> tuple[nn.Module, dict[
         processor = transformers.AutoImageProcessor.from_pretrained(name)
     except (OSError, ValueError) as error:
         raise unavailable(f"hf/{name}", error) from error
-    size = processor.size
-    side = size.get("height") or size.get("shortest_edge")
+    return _LogitsOnly(network), _processing(processor)
+
+
+#: Pillow's numbers of its filters, which the hub's processors keep.
+FILTERS = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic"}
+
+
+def _processing(processor: Any) -> dict[str, Any]:
+    """The evaluation transform of a processor of the hub.
+
+    It resizes to a square (as ViT's), resizes the shorter side and crops (as ResNet's), or states the crop as
+    a share of the shorter side (as ConvNeXt's, below 384 pixels).
+    """
+    size = dict(processor.size)
+    side = int(size.get("height") or size.get("shortest_edge"))
+    config: dict[str, Any] = {"mean": processor.image_mean, "std": processor.image_std, "input_size": side}
+    filtered = getattr(processor, "resample", None)
+    config["interpolation"] = FILTERS.get(int(filtered) if filtered is not None else 2, "bilinear")
     crop = getattr(processor, "crop_size", None)
-    crops = crop is not None and bool(getattr(processor, "do_center_crop", False))
-    return _LogitsOnly(network), {
-        "mean": processor.image_mean, "std": processor.image_std,
-        "input_size": crop["height"] if crop and crops else side,
-        "crop_pct": crop["height"] / side if crop and crops else 1.0,
-        "crop_mode": "center" if crops else "squash",
-    }  # fmt: skip
+    share = getattr(processor, "crop_pct", None)
+    if crop is not None and bool(getattr(processor, "do_center_crop", False)):
+        inner = int(dict(crop)["height"])
+        return {**config, "input_size": inner, "crop_pct": inner / side, "crop_mode": "center"}
+    if share is not None and "shortest_edge" in size and side < 384:
+        return {**config, "crop_pct": float(share), "crop_mode": "center"}
+    return {**config, "crop_mode": "squash"}
 
 
 def _shapes(name: str, params: Mapping[str, Any]) -> tuple[nn.Module, dict[str, Any]]:
