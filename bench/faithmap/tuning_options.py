@@ -140,7 +140,7 @@ def make_scheduler(optimizer: torch.optim.Optimizer, options: Mapping[str, Any],
             decay_epochs=float(options["decay_epochs"]), decay_milestones=list(options["decay_milestones"]),
             warmup_lr=float(options["lr"]) / 100, step_on_epochs=False, updates_per_epoch=per_epoch, **more,
         )  # fmt: skip
-    except (ValueError, AssertionError, ZeroDivisionError) as error:
+    except (TypeError, ValueError, AssertionError, ZeroDivisionError) as error:
         raise RequestError(f"timm's schedule '{name}' does not take these options: {error}") from error
     if scheduler is None:
         raise RequestError(f"the timm that is installed has no schedule '{name}'; name another")
