@@ -152,7 +152,7 @@ class TestIndex:
             ("zebra/b.png", 0),
             ("zebra/deep/a.PNG", 0),
         ]
-        assert samples.class_names == ["hoofed"]
+        assert list(samples.class_names or ()) == ["hoofed"]
         with pytest.raises(RequestError, match="has no class '310'"):
             build(index=index, class_map=file)
         nothing = write_index(folders, "label,class\n0,9\n", "nothing.csv")
@@ -162,7 +162,7 @@ class TestIndex:
     def test_merged_classes_without_a_name_have_none(self, build: Build, folders: Path) -> None:
         file = folders.parent / "map.json"
         file.write_text('{"ant": 0, "zebra": 0}', encoding="utf-8")
-        assert build(root=folders, class_map=file).class_names == [""]
+        assert build(root=folders, class_map=file).class_names is None
 
     def test_folders_of_no_class_are_left_out(self, build: Build, folders: Path) -> None:
         file = folders.parent / "map.json"

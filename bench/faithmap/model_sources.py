@@ -247,7 +247,7 @@ def _processing(processor: Any) -> dict[str, Any]:
     a share of the shorter side (as ConvNeXt's, below 384 pixels).
     """
     size = dict(processor.size)
-    side = int(size.get("height") or size.get("shortest_edge"))
+    side = int(size["height"] if "height" in size else size["shortest_edge"])
     config: dict[str, Any] = {"mean": processor.image_mean, "std": processor.image_std, "input_size": side}
     filtered = getattr(processor, "resample", None)
     config["interpolation"] = FILTERS.get(int(filtered) if filtered is not None else 2, "bilinear")

@@ -132,7 +132,9 @@ def make_scheduler(optimizer: torch.optim.Optimizer, options: Mapping[str, Any],
     if name == "none":
         return None
     # Without a warm-up this schedule has no time scale of its own.
-    more = {"stable_timescale": 1.0} if name == "rsqrt" and not options["warmup_epochs"] else {}
+    more: dict[str, Any] = (
+        {"stable_timescale": 1.0} if name == "rsqrt" and not options["warmup_epochs"] else {}
+    )
     try:
         scheduler, _ = timm.scheduler.create_scheduler_v2(
             optimizer, sched=name, num_epochs=int(options["epochs"]), min_lr=float(options["min_lr"]),
