@@ -27,6 +27,7 @@ from faithmap.explaining import describe
 from faithmap.fitting import Fit
 from faithmap.heads import Head, find_head, logits_of, put_head
 from faithmap.kept_features import Kept, keep
+from faithmap.learning_record import circumstances, curve_csv, data_entry
 from faithmap.models import Model
 from faithmap.records import Sample, Spec, digest
 from faithmap.store import write_bytes
@@ -38,9 +39,6 @@ from faithmap.training import (
     Watcher,
     check_finite,
     check_readable,
-    circumstances,
-    curve_csv,
-    data_entry,
     making,
     stoppable,
 )  # fmt: skip
