@@ -28,6 +28,7 @@ def imagefolder(
     root: str | Path | None = None,
     index: str | Path | None = None,
     class_map: str | Path | None = None,
+    unmapped: str = "refuse",
     split: str | None = None,
 ) -> Iterable[Sample]:
     """Images in class folders, or listed in a CSV, with boxes where the CSV has them.
@@ -42,8 +43,10 @@ def imagefolder(
         index: a CSV with the columns `path, label` and optionally `name`, `boxes` (`x0,y0,x1,y1` in
             pixels of the stored image, before any EXIF rotation; several joined by `;`) and `split`.
         class_map: a JSON object `{name: class}` or a CSV whose column `label` is the model's class
-            and whose other columns are names; it says which of the model's classes a folder, or a
-            word in the column `label` of `index`, stands for.
+            and whose other columns are names; it says which of the model's classes a folder, or what
+            stands in the column `label` of `index`, stands for. Several may stand for one class.
+        unmapped: what becomes of images whose class the class map does not know: "refuse" takes it for
+            a mistake, "drop" leaves them out.
         split: a folder below `root` that holds the class folders; with `index`, the value of its
             column `split` that is wanted.
 
@@ -52,19 +55,26 @@ def imagefolder(
             path occurs twice. A file that cannot be read raises `DataError`, only when it is loaded.
     """
     classes = ClassMap.read(Path(class_map).expanduser()) if class_map is not None else None
+    if unmapped not in ("refuse", "drop"):
+        raise RequestError(f"dataset 'imagefolder', unmapped: got {unmapped!r}, expected refuse or drop")
+    if unmapped == "drop" and classes is None:
+        raise RequestError(
+            "dataset 'imagefolder': unmapped = \"drop\" needs class_map, which says what is kept"
+        )
+    drop = unmapped == "drop"
     if index is not None:
         file = Path(index).expanduser()
         base = Path(root).expanduser() if root is not None else file.parent
-        entries = _listed(file, base, classes, split)
+        entries = _listed(file, base, classes, split, drop)
     elif root is not None:
         base = Path(root).expanduser()
-        entries = _in_folders(base, classes, split)
+        entries = _in_folders(base, classes, split, drop)
     else:
         raise RequestError(
             "dataset 'imagefolder' was given neither root nor index; give root = a folder of class folders, "
             "or index = a CSV with the columns path and label"
         )
-    return _samples(base, entries)
+    return _samples(base, entries, classes)
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +88,7 @@ class Entry:
     boxes: tuple[Box, ...]
 
 
-def _in_folders(root: Path, classes: ClassMap | None, split: str | None) -> list[Entry]:
+def _in_folders(root: Path, classes: ClassMap | None, split: str | None, drop: bool) -> list[Entry]:
     top = root / split if split else root
     if not root.is_dir() or not top.is_dir():
         beside = [path.name for path in root.iterdir() if path.is_dir()] if root.is_dir() else []
@@ -93,12 +103,16 @@ def _in_folders(root: Path, classes: ClassMap | None, split: str | None) -> list
         )
     entries = []
     for place, folder in enumerate(folders):
+        if drop and classes is not None and folder.name not in classes:
+            continue
         files = sorted(
             path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file()
         )
         # A folder without images needs no class, but keeps its place among the labels.
         label = classes[folder.name] if classes is not None and files else place
         entries += [Entry(file.relative_to(root).as_posix(), file, label, folder.name, ()) for file in files]
+    if not entries and drop:
+        raise _nothing_mapped(str(top), classes)
     if not entries:
         endings = ", ".join(sorted(SUFFIXES))
         raise RequestError(
@@ -107,15 +121,26 @@ def _in_folders(root: Path, classes: ClassMap | None, split: str | None) -> list
     return entries
 
 
-def _listed(file: Path, root: Path, classes: ClassMap | None, split: str | None) -> list[Entry]:
+def _nothing_mapped(where: str, classes: ClassMap | None) -> RequestError:
+    known = f"class map {classes.file}" if classes is not None else "the class map"
+    return RequestError(
+        f"{where}: {known} knows the class of none of the images; give its names as they stand"
+    )
+
+
+def _listed(file: Path, root: Path, classes: ClassMap | None, split: str | None, drop: bool) -> list[Entry]:
     needed = ("path", "label", "split") if split else ("path", "label")
     if not root.is_dir():
         raise RequestError(
             f"no such folder: {root}; give root = the folder that the paths of {file} start from"
         )
     entries: dict[str, Entry] = {}
+    listed = 0
     for line, row in read_rows(file, "index", needed):
         if split and row["split"] != split:
+            continue
+        listed += 1
+        if drop and classes is not None and row["label"] not in classes:
             continue
         where = f"index {file}, line {line}"
         path = _path_id(row["path"], root, where)
@@ -124,6 +149,8 @@ def _listed(file: Path, root: Path, classes: ClassMap | None, split: str | None)
         label = classes[row["label"]] if classes is not None else read_label(row["label"], where)
         name = row.get("name", "") or (row["label"] if classes is not None else "")
         entries[path] = Entry(path, root / path, label, name, _boxes(row.get("boxes", ""), where))
+    if not entries and listed:
+        raise _nothing_mapped(f"index {file}", classes)
     if not entries:
         wanted = f" of split '{split}'" if split else ""
         raise RequestError(f"index {file} lists no images{wanted}; expected a line for each image")
@@ -159,7 +186,7 @@ def _boxes(text: str, where: str) -> tuple[Box, ...]:
     return tuple(boxes)
 
 
-def _samples(root: Path, entries: list[Entry]) -> SampleList:
+def _samples(root: Path, entries: list[Entry], classes: ClassMap | None) -> SampleList:
     sizes = {entry.id: file_size(entry.path) for entry in entries}
     if all(size is None for size in sizes.values()):
         below = [folder for folder in root.iterdir() if (folder / entries[0].id).is_file()]
@@ -171,8 +198,18 @@ def _samples(root: Path, entries: list[Entry]) -> SampleList:
     return SampleList(
         (_sample(entry) for entry in entries),
         revision=digest(content),
-        class_names=names_by_label({entry.label: entry.name for entry in entries if entry.name}),
+        class_names=names_by_label(_class_names(entries, classes)),
     )
+
+
+def _class_names(entries: list[Entry], classes: ClassMap | None) -> dict[int, str]:
+    """The name of each label; the class map's own, if it has one, where several names stand for a class."""
+    names: dict[int, set[str]] = {}
+    for entry in entries:
+        if entry.name:
+            names.setdefault(entry.label, set()).add(entry.name)
+    mapped = classes.titles if classes is not None else {}
+    return {label: min(given) if len(given) == 1 else mapped.get(label, "") for label, given in names.items()}
 
 
 def _sample(entry: Entry) -> Sample:

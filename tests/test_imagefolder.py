@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -139,6 +140,60 @@ class TestIndex:
         file.write_text('{"stripes": 340}', encoding="utf-8")
         (sample,) = build(index=index, class_map=file)
         assert (sample.label, sample.name) == (340, "stripes")
+
+    def test_classes_are_merged_and_others_left_out(self, build: Build, folders: Path) -> None:
+        index = write_index(
+            folders,
+            "path,label,name\nzebra/b.png,340,zebra\nant/c.jpeg,310,ant\nzebra/deep/a.PNG,339,horse\n",
+        )
+        file = write_index(folders, "label,class,name\n0,339,hoofed\n0,340,hoofed\n", "map.csv")
+        samples = build(index=index, class_map=file, unmapped="drop")
+        assert [(sample.id, sample.label) for sample in samples] == [
+            ("zebra/b.png", 0),
+            ("zebra/deep/a.PNG", 0),
+        ]
+        assert list(samples.class_names or ()) == ["hoofed"]
+        with pytest.raises(RequestError, match="has no class '310'"):
+            build(index=index, class_map=file)
+        nothing = write_index(folders, "label,class\n0,9\n", "nothing.csv")
+        with pytest.raises(RequestError, match=r"nothing\.csv knows the class of none of the images"):
+            build(index=index, class_map=nothing, unmapped="drop")
+
+    def test_merged_classes_without_a_name_have_none(self, build: Build, folders: Path) -> None:
+        file = folders.parent / "map.json"
+        file.write_text('{"ant": 0, "zebra": 0}', encoding="utf-8")
+        assert build(root=folders, class_map=file).class_names is None
+
+    def test_folders_of_no_class_are_left_out(self, build: Build, folders: Path) -> None:
+        file = folders.parent / "map.json"
+        file.write_text('{"ant": 1}', encoding="utf-8")
+        assert [sample.label for sample in build(root=folders, class_map=file, unmapped="drop")] == [1]
+        file.write_text('{"bee": 1}', encoding="utf-8")
+        with pytest.raises(RequestError, match="knows the class of none of the images"):
+            build(root=folders, class_map=file, unmapped="drop")
+
+    @pytest.mark.parametrize(
+        ("params", "sentence"),
+        [
+            ({"unmapped": "keep"}, "got 'keep', expected refuse or drop"),
+            ({"unmapped": "drop"}, "needs class_map"),
+        ],
+    )
+    def test_unmapped_is_refuse_or_drop(
+        self, build: Build, folders: Path, params: dict[str, str], sentence: str
+    ) -> None:
+        with pytest.raises(RequestError, match=sentence):
+            build(root=folders, **params)
+
+    def test_what_is_kept_does_not_change_the_key(self, folders: Path) -> None:
+        """The revision says which images there are, so rows of earlier runs keep their keys."""
+        from faithmap.data import load_dataset
+        from faithmap.records import Spec
+
+        dataset = load_dataset(Spec("imagefolder", {"root": str(folders)}))
+        assert "unmapped" in dataset.params
+        params = {key: value for key, value in dataset.params.items() if key != "unmapped"}
+        assert dataset.key == replace(dataset, params=params).key
 
     def test_absolute_paths_below_the_root_become_relative(self, build: Build, folders: Path) -> None:
         index = write_index(folders, f"path,label\n{folders / 'zebra' / 'b.png'},1\n")

@@ -6,7 +6,7 @@ import csv
 import io
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,8 @@ class ClassMap:
 
     file: Path
     classes: Mapping[str, frozenset[int]]
+    #: What a CSV says in its column `name` of each class, where it says one thing.
+    titles: Mapping[int, str] = field(default_factory=dict)
 
     @classmethod
     def read(cls, file: Path) -> ClassMap:
@@ -30,11 +32,19 @@ class ClassMap:
         Raises:
             RequestError: the file is missing, malformed or holds no classes.
         """
-        pairs = _json_pairs(file) if file.suffix.lower() == ".json" else _csv_pairs(file)
+        titles: dict[int, set[str]] = {}
+        pairs = _json_pairs(file) if file.suffix.lower() == ".json" else _csv_pairs(file, titles)
         classes: dict[str, set[int]] = {}
         for name, index in pairs:
             classes.setdefault(name, set()).add(index)
-        return cls(file, {name: frozenset(indices) for name, indices in classes.items()})
+        return cls(
+            file,
+            {name: frozenset(indices) for name, indices in classes.items()},
+            {index: min(names) for index, names in titles.items() if len(names) == 1},
+        )
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.classes
 
     def __getitem__(self, name: str) -> int:
         found = self.classes.get(name)
@@ -67,9 +77,11 @@ def _json_pairs(file: Path) -> Iterator[tuple[str, int]]:
         yield name, index
 
 
-def _csv_pairs(file: Path) -> Iterator[tuple[str, int]]:
+def _csv_pairs(file: Path, titles: dict[int, set[str]]) -> Iterator[tuple[str, int]]:
     for line, row in read_rows(file, "class map", ("label",)):
         index = read_label(row["label"], f"class map {file}, line {line}")
+        if row.get("name"):
+            titles.setdefault(index, set()).add(row["name"])
         yield from ((name, index) for column, name in row.items() if column != "label" and name)
 
 

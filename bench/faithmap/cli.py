@@ -1,4 +1,4 @@
-"""The command line: `faithmap run`, `leaderboard`, `compare`, `explain`, `train`, `show`, `check`, and more.
+"""The command line: `faithmap run`, `leaderboard`, `explain`, `train`, `finetune`, `check`, and more.
 
 Exit codes: 0 done; 1 something failed (listed, with reasons); 2 the request was wrong (one
 sentence, no traceback); 130 interrupted (run the same command again to go on).
@@ -256,6 +256,73 @@ def train(
         device=device, precision=precision, threads=threads, workers=workers,
     )  # fmt: skip
     _exit(commands.train(asked, OUT, ERR, out=out, half=half, fresh=fresh))
+
+
+@app.command()
+def finetune(
+    model: Annotated[str, typer.Option(help="A model's name, as in --request or with parameters.")],
+    dataset: Annotated[str, typer.Option(help="The images to learn from, likewise.")],
+    test_dataset: Annotated[
+        str | None, typer.Option(help="The images to test on, likewise; by default a share is held out.")
+    ] = None,
+    request: Annotated[
+        Path | None, typer.Option(help="A TOML file whose models and datasets are meant by their names.")
+    ] = None,
+    train: Annotated[
+        str | None, typer.Option(help="head (the default), which leaves the network as it is, or all.")
+    ] = None,
+    epochs: Annotated[int | None, typer.Option(help="By default 50 for a head, 10 for all.")] = None,
+    optimizer: Annotated[str | None, typer.Option(help="timm's name; by default adamw.")] = None,
+    lr: Annotated[float | None, typer.Option(help="By default 0.001 for a head, 0.0001 for all.")] = None,
+    weight_decay: Annotated[float | None, typer.Option(help="By default 0.01.")] = None,
+    schedule: Annotated[str | None, typer.Option(help="timm's name; by default cosine.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Images of a step; by default 64.")] = None,
+    option: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set",
+            metavar="KEY=VALUE",
+            help="More: augment (none, flip, crop), balanced, label_smoothing, warmup_epochs, min_lr, "
+            "momentum, layer_decay, clip_grad, decay_epochs, decay_milestones, decay_rate.",
+        ),
+    ] = None,
+    hold_out: Annotated[
+        float | None, typer.Option(help="The share held out, by hash of the ids; by default 0.2.")
+    ] = None,
+    name: Annotated[
+        str | None, typer.Option(help="The model is tuned/NAME from then on; by default MODEL-DATASET.")
+    ] = None,
+    part: Annotated[str, typer.Option(help="eval, dev or all.")] = "all",
+    limit: Annotated[
+        int | None, typer.Option(help="Images to learn from, balanced over the classes; by default all.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Seed of everything that is drawn.")] = 0,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps.")] = "auto",
+    precision: Annotated[str, typer.Option(help="fp32 or bf16.")] = "fp32",
+    threads: Annotated[int | None, typer.Option(help="Threads on a CPU; by default every core.")] = None,
+    workers: Annotated[
+        int, typer.Option(help="Processes that read images; 0 reads them here and keeps them.")
+    ] = 0,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Begin anew, whatever there is.")] = False,
+    plugin: Plugins = None,
+) -> None:
+    """Fine-tune a model to the classes of a dataset; it is tuned/NAME from then on.
+
+    The same command goes on after a kill.
+    """
+    from faithmap import commands, listing
+
+    listing.load_plugins(plugin or [])
+    asked = commands.finetuning(
+        model, dataset, test_dataset, request, option or [],
+        {
+            "train": train, "epochs": epochs, "optimizer": optimizer, "lr": lr,
+            "weight_decay": weight_decay, "schedule": schedule, "batch_size": batch_size,
+        },
+        name=name, hold_out=hold_out, part=part, limit=limit, seed=seed, device=device,
+        precision=precision, threads=threads, workers=workers,
+    )  # fmt: skip
+    _exit(commands.finetune(asked, OUT, ERR, fresh=fresh))
 
 
 @app.command()

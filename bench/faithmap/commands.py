@@ -1,4 +1,4 @@
-"""What `faithmap run`, `train`, `show` and `explain` do, behind their flags."""
+"""What `faithmap run`, `train`, `finetune`, `show` and `explain` do, behind their flags."""
 
 from __future__ import annotations
 
@@ -11,12 +11,15 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from faithmap.config import Config, load_config, parse_spec, split_list
+from faithmap.config import Config, RunSettings, load_config, parse_spec, split_list
 from faithmap.errors import DataError, RequestError, nearest
 from faithmap.listing import load_plugins
-from faithmap.records import Spec
+from faithmap.records import Sample, Spec
 
 if TYPE_CHECKING:
+    from faithmap.data import LoadedDataset
+    from faithmap.finetuning import Finetuning
+    from faithmap.models import Model
     from faithmap.training import Training
 
 
@@ -104,37 +107,128 @@ def training(
     workers: int,
 ) -> Training:
     """Turn the flags of `faithmap train` into a checked request, its model on the device."""
-    import torch
-
     from faithmap.config import parse_option
-    from faithmap.data import choose, load_dataset
     from faithmap.explaining import undefined
-    from faithmap.plan import load_named
     from faithmap.registry import get
-    from faithmap.runner import resolve_device, usable_cores
     from faithmap.training import Training, fit_options
 
-    given = {"part": part, "limit": limit, "seed": seed, "device": device, "precision": precision}
-    settings = load_config(None).with_run(**given).run
-    if workers < 0 or (threads is not None and threads < 1):
-        raise RequestError(f"--workers {workers}, --threads {threads}: expected 0 or more, and 1 or more")
     spec = parse_spec(explainer)
     plugin = get("explainer", spec.name)
     params = plugin.check(spec.params)
+    settings = _settings(
+        threads, workers, part=part, limit=limit, seed=seed, device=device, precision=precision
+    )
     checked = fit_options(plugin, dict(parse_option(text) for text in options))
-    torch.set_num_threads(threads or usable_cores())
-    network = load_named(_of_request(request, "models", model))
+    network = _network(_of_request(request, "models", model))
     reason = undefined(plugin, network, frozenset({"label", "mask", "box"}))
     if reason:
         raise RequestError(f"explainer '{plugin.name}': {reason}")
-    images = load_dataset(_of_request(request, "datasets", dataset))
-    # Not the settings' limit: without the flag they hold that of the default run, which is for scoring.
-    samples = choose(images.samples, settings.part, limit)
-    network.to(resolve_device(settings.device)).eval()
+    images, samples = _images(_of_request(request, "datasets", dataset), settings, limit)
+    _onto_device(network, settings)
     return Training(
         plugin, params, network, images, samples, checked, settings.part, limit, settings.seed,
         settings.precision, workers,
     )  # fmt: skip
+
+
+def finetuning(
+    model: str,
+    dataset: str,
+    test_dataset: str | None,
+    request: Path | None,
+    options: Sequence[str],
+    flags: Mapping[str, Any],
+    *,
+    name: str | None,
+    hold_out: float | None,
+    part: str,
+    limit: int | None,
+    seed: int,
+    device: str,
+    precision: str,
+    threads: int | None,
+    workers: int,
+) -> Finetuning:
+    """Turn the flags of `faithmap finetune` into a checked request, its model on the device.
+
+    `flags` are options that have a flag of their own; those that are None are not given.
+    """
+    from faithmap import tuned
+    from faithmap.config import parse_option
+    from faithmap.data import held_out
+    from faithmap.finetuning import Finetuning, base_of, labelled, refuse_overlap
+    from faithmap.tuning_options import finetune_options
+
+    settings = _settings(
+        threads, workers, part=part, limit=limit, seed=seed, device=device, precision=precision
+    )
+    given = {key: value for key, value in flags.items() if value is not None}
+    checked = finetune_options({**dict(parse_option(text) for text in options), **given})
+    if hold_out is not None and (test_dataset is not None or not 0 < hold_out < 1):
+        raise RequestError(
+            f"--hold-out {hold_out}: expected a share between 0 and 1, and no --test-dataset beside it"
+        )
+    spec = _of_request(request, "models", model)
+    images, samples = _images(_of_request(request, "datasets", dataset), settings, limit)
+    samples = labelled(images, samples)
+    if test_dataset is None:
+        hold_out = 0.2 if hold_out is None else hold_out
+        samples, test_samples = held_out(samples, hold_out)
+        test_images = images
+    else:
+        test_images, test_samples = _images(_of_request(request, "datasets", test_dataset), settings, None)
+        test_samples = labelled(test_images, test_samples)
+        refuse_overlap(images, samples, test_images, test_samples)
+    if not samples or not test_samples:
+        raise RequestError(
+            f"dataset '{images.label}': of {len(images.samples)} images {len(samples)} are left to "
+            f"learn from and {len(test_samples)} to test on; give more images, another --hold-out, or "
+            "--test-dataset"
+        )
+    network = _network(spec)
+    by_itself = f"{spec.title.rpartition('/')[2]}-{images.label}"
+    called = tuned.usable_name(name or by_itself, asked=name is not None)
+    _onto_device(network, settings)
+    return Finetuning(
+        called, network, base_of(spec, network), images, samples, test_images, test_samples, checked,
+        settings.part, limit, hold_out, settings.seed, settings.precision, workers,
+    )  # fmt: skip
+
+
+def _settings(threads: int | None, workers: int, **given: Any) -> RunSettings:
+    """Checked settings of what is learnt; the threads are set."""
+    import torch
+
+    from faithmap.runner import usable_cores
+
+    settings = load_config(None).with_run(**given).run
+    if workers < 0 or (threads is not None and threads < 1):
+        raise RequestError(f"--workers {workers}, --threads {threads}: expected 0 or more, and 1 or more")
+    torch.set_num_threads(threads or usable_cores())
+    return settings
+
+
+def _network(spec: Spec) -> Model:
+    from faithmap.plan import load_named
+
+    return load_named(spec)
+
+
+def _images(spec: Spec, settings: RunSettings, limit: int | None) -> tuple[LoadedDataset, tuple[Sample, ...]]:
+    """A dataset, and what is taken of it.
+
+    The limit is not the settings': without the flag they hold that of the default run, which is for scoring.
+    """
+    from faithmap.data import choose, load_dataset
+
+    images = load_dataset(spec)
+    return images, choose(images.samples, settings.part, limit)
+
+
+def _onto_device(network: Model, settings: RunSettings) -> None:
+    from faithmap.runner import resolve_device
+
+    network.to(resolve_device(settings.device)).eval()
 
 
 def show(
@@ -209,6 +303,44 @@ def train(
     return 0
 
 
+def finetune(asked: Finetuning, console: Console, errors: Console, *, fresh: bool) -> int:
+    """Fine-tune, and say how well it went, where the model lies and how it is used."""
+    from faithmap import finetuning, progress, tuned
+
+    started = time.monotonic()
+    made = finetuning.finetune(asked, progress.watcher(errors), fresh=fresh)
+    record, test = made.record, made.record["test"]
+    data, options = record["data"], record["options"]
+    taken = progress.clock(time.monotonic() - started)
+    whole = "the whole network" if options["train"] == "all" else "the head"
+    said = [
+        f"{whole} of {record['model']['name']} fine-tuned to {record['classes']} classes on {data['images']} "
+        f"images of {data['dataset']}: {record['steps']} steps, {record['seconds']:.0f} s ({taken} now)",
+        f"{test['images']} images of {test['dataset']}"
+        + (" that were held out" if test["hold_out"] else "")
+        + f": accuracy {_interval(test, 'accuracy')}, "
+        f"balanced accuracy {_interval(test, 'balanced_accuracy')}",
+    ]
+    unreadable = data["unreadable"] + test["unreadable"]
+    if unreadable:
+        said.append(f"{unreadable} images could not be read and were left out")
+    if record["without_images"]:
+        said.append(
+            f"{record['without_images']} of the {record['classes']} classes have no image to learn from; "
+            "where labels are another model's, a class map makes them 0, 1, ..."
+        )
+    others = [file for file in tuned.known().get(asked.name, ()) if file != made.path]
+    name = f"{tuned.SOURCE}/{asked.file.stem if others else asked.name}"
+    said += [f"wrote {made.path}", f"`faithmap run --models {shlex.quote(name)}` takes it"]
+    for line in said:
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
+    return 0
+
+
+def _interval(test: Mapping[str, Any], score: str) -> str:
+    return f"{test[score]:.1f}% ({test[f'{score}_low']:.1f} to {test[f'{score}_high']:.1f})"
+
+
 def explain(
     image: Path,
     model: str,
@@ -223,7 +355,6 @@ def explain(
     from faithmap import heatmaps
     from faithmap.api import explain as explain_images
     from faithmap.models import load_model
-    from faithmap.records import Sample
     from faithmap.registry import get
     from faithmap.runner import resolve_device
     from faithmap.transforms import prepare

@@ -24,9 +24,9 @@ SECTIONS = ("run", "models", "datasets", "explainers", "metrics", "fits", "publi
 LISTS = SECTIONS[1:-1]
 DEFAULT_PRESET = "quickstart"
 #: Parameters that name files or folders; a relative one is relative to the TOML file.
-PATH_KEYS = ("weights", "root", "index", "class_map", "annotations", "devkit")
+PATH_KEYS = ("weights", "head", "root", "index", "class_map", "annotations", "devkit")
 #: Parameters of datasets that say how the data come to be here, not what they are.
-PLACE_KEYS = (*PATH_KEYS, "download")
+PLACE_KEYS = (*PATH_KEYS, "download", "unmapped")
 #: Parameters of explainers that hold a word or the path of a file.
 FILE_KEYS = ("statistics", "weights", "fitted")
 
@@ -289,6 +289,8 @@ def located(spec: Spec) -> tuple[str, dict[str, Any]]:
     }
     file, _, function = spec.name.rpartition(":")
     name = f"{_place(file, spec.base)}:{function}" if file.endswith(".py") else spec.name
+    if name.endswith(".safetensors"):
+        name = _place(name, spec.base)
     return name, params
 
 

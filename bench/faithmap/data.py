@@ -102,6 +102,13 @@ def choose(samples: Sequence[Sample], part: str, limit: int | None) -> tuple[Sam
     return tuple(ordered[:limit])
 
 
+def held_out(samples: Sequence[Sample], share: float) -> tuple[tuple[Sample, ...], tuple[Sample, ...]]:
+    """The samples to learn from, and a share of them to test on, by hash of the ids."""
+    kept = tuple(sample for sample in samples if _share(sample.id, "held-out") >= share)
+    held = tuple(sample for sample in samples if _share(sample.id, "held-out") < share)
+    return kept, held
+
+
 def _share(image_id: str, purpose: str) -> float:
     return int.from_bytes(hashlib.sha256(f"{purpose}:{image_id}".encode()).digest()[:8], "big") / 2**64
 

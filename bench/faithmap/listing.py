@@ -108,7 +108,7 @@ def _preset(name: str) -> dict[str, Any]:
 
 
 def _models() -> list[dict[str, Any]]:
-    from faithmap import zoo
+    from faithmap import tuned, zoo
 
     embedded = [
         {
@@ -121,9 +121,25 @@ def _models() -> list[dict[str, Any]]:
         ("timm/NAME", "any image classifier of timm; weights = PATH or pretrained"),
         ("torchvision/NAME", "any image classifier of torchvision; weights = PATH or pretrained"),
         ("hf/ID", "an image classifier of the Hugging Face hub (needs transformers)"),
+        ("dino/NAME", "a DINO vision transformer with its authors' linear classifier (head = PATH)"),
+        ("tuned/NAME", "what `faithmap finetune` wrote; the path of such a file will do too"),
         ("FILE.py:FUNCTION", "your own: a function that returns faithmap.Model(...)"),
     ]
-    return embedded + [{"name": name, "summary": summary} for name, summary in families]
+    mine = [
+        {"name": f"{tuned.SOURCE}/{name if len(files) == 1 else file.stem}", "summary": _told_tuned(file)}
+        for name, files in tuned.known().items()
+        for file in files
+    ]
+    return embedded + mine + [{"name": name, "summary": summary} for name, summary in families]
+
+
+def _told_tuned(file: Path) -> str:
+    from faithmap import tuned
+
+    try:
+        return f"fine-tuned: {tuned.told_origin(file)}"
+    except RequestError as error:
+        return str(error)
 
 
 def brief(value: object) -> str:

@@ -1,4 +1,4 @@
-"""Where models come from: timm, torchvision, Hugging Face, the embedded zoo, a user's own file."""
+"""Where models come from: timm, torchvision, Hugging Face, DINO, the embedded zoo, a user's own file."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from faithmap.models import Model
 
 COMMON_KEYS = (
     "weights", "pretrained", "mean", "std", "input_size", "crop_pct", "interpolation", "crop_mode",
-    "layer", "family", "kwargs",
+    "layer", "family", "kwargs", "head",
 )  # fmt: skip
 INTERPOLATIONS = ("bicubic", "bilinear", "nearest", "lanczos")
 
@@ -26,14 +26,20 @@ def build(name: str, params: Mapping[str, Any]) -> Model:
     if file.endswith(".py"):
         return _from_file(Path(file), function, params)
     source, _, rest = name.partition("/")
+    if name.endswith(".safetensors") or (source == "tuned" and rest):
+        from faithmap import tuned
+
+        return tuned.load(name, params)
     if source not in SOURCES or not rest:
         raise RequestError(
-            f"unknown model '{name}'; expected timm/NAME, torchvision/NAME, hf/ID, shapes/NAME or "
-            "file.py:function"
+            f"unknown model '{name}'; expected timm/NAME, torchvision/NAME, hf/ID, dino/NAME, shapes/NAME, "
+            "tuned/NAME, a file that `faithmap finetune` wrote, or file.py:function"
         )
     for key in params:
         if key not in COMMON_KEYS:
             raise RequestError(f"model '{name}' has no parameter '{key}'; {nearest(key, COMMON_KEYS)}")
+    if params.get("head") and source != "dino":
+        raise RequestError(f"model '{name}' takes no head = FILE; only dino/NAME does")
     interpolation = params.get("interpolation")
     if interpolation is not None and interpolation not in INTERPOLATIONS:
         raise RequestError(
@@ -43,7 +49,7 @@ def build(name: str, params: Mapping[str, Any]) -> Model:
     if params.get("weights") and params.get("pretrained"):
         raise RequestError(f"model '{name}': give weights = PATH or pretrained = true, not both")
     module, config = SOURCES[source](rest, params)
-    if params.get("weights"):
+    if params.get("weights") and source != "dino":  # whose weights may lie in two files
         load_weights(module, Path(str(params["weights"])), name)
     config |= {key: params[key] for key in CONFIG_KEYS if params.get(key) is not None}
     return Model(module, target_layer=params.get("layer"), family=params.get("family"), name=name, **config)
@@ -57,6 +63,29 @@ def load_weights(module: nn.Module, path: Path, name: str) -> None:
 
     Raises:
         RequestError: the file is missing or unreadable, or its tensors do not fit the network.
+    """
+    load_state(module, read_state(path, name), path, name)
+
+
+def load_state(module: nn.Module, state: Mapping[str, torch.Tensor], path: Path, name: str) -> None:
+    """Load tensors that were read from a file into a network, exactly.
+
+    Raises:
+        RequestError: they do not fit the network.
+    """
+    fault = misfit(module.state_dict(), state)
+    if fault:
+        raise RequestError(f"model '{name}': the weights in {path} do not fit: {fault}")
+    module.load_state_dict(
+        {key: value.float() if value.is_floating_point() else value for key, value in state.items()}
+    )
+
+
+def read_state(path: Path, name: str) -> Mapping[str, torch.Tensor]:
+    """The tensors of a safetensors file or a state dict, by name.
+
+    Raises:
+        RequestError: the file is missing or unreadable, or holds something else.
     """
     path = path.expanduser()
     if not path.is_file():
@@ -81,15 +110,10 @@ def load_weights(module: nn.Module, path: Path, name: str) -> None:
             state = state[wrapper]
     if not isinstance(state, Mapping) or not all(isinstance(value, torch.Tensor) for value in state.values()):
         raise RequestError(f"model '{name}': {path} holds no state dict; expected names with tensors")
-    fault = _misfit(module.state_dict(), state)
-    if fault:
-        raise RequestError(f"model '{name}': the weights in {path} do not fit: {fault}")
-    module.load_state_dict(
-        {key: value.float() if value.is_floating_point() else value for key, value in state.items()}
-    )
+    return state
 
 
-def _misfit(expected: Mapping[str, torch.Tensor], given: Mapping[str, torch.Tensor]) -> str:
+def misfit(expected: Mapping[str, torch.Tensor], given: Mapping[str, torch.Tensor]) -> str:
     """Say in a few words how two state dicts differ; empty where they fit."""
     missing = sorted(expected.keys() - given.keys())
     surplus = sorted(given.keys() - expected.keys())
@@ -111,11 +135,15 @@ def _wants_download(params: Mapping[str, Any]) -> bool:
     return bool(params.get("pretrained", not params.get("weights")))
 
 
-def _unavailable(name: str, error: Exception) -> RequestError:
+def unavailable(
+    name: str,
+    error: Exception,
+    instead: str = "give weights = PATH, or pretrained = false for random weights",
+) -> RequestError:
+    """What is said where published weights cannot be fetched, and what to do instead."""
     first = str(error).strip().splitlines()[0][:160] if str(error).strip() else type(error).__name__
     return RequestError(
-        f"the published weights of '{name}' cannot be had ({type(error).__name__}: {first}); "
-        "give weights = PATH, or pretrained = false for random weights"
+        f"the published weights of '{name}' cannot be had ({type(error).__name__}: {first}); {instead}"
     )
 
 
@@ -134,7 +162,7 @@ def _timm(name: str, params: Mapping[str, Any]) -> tuple[nn.Module, dict[str, An
     except Exception as error:
         if not download:
             raise
-        raise _unavailable(f"timm/{name}", error) from error
+        raise unavailable(f"timm/{name}", error) from error
     config = resolve_model_data_config(module)
     return module, {
         "mean": config["mean"], "std": config["std"], "input_size": config["input_size"][1:],
@@ -171,7 +199,7 @@ def _torchvision(name: str, params: Mapping[str, Any]) -> tuple[nn.Module, dict[
     except Exception as error:
         if not download:
             raise
-        raise _unavailable(f"torchvision/{name}", error) from error
+        raise unavailable(f"torchvision/{name}", error) from error
     return module, config
 
 
@@ -204,17 +232,33 @@ def _huggingface(name: str, params: Mapping[str, Any]) -> tuple[nn.Module, dict[
             )
         processor = transformers.AutoImageProcessor.from_pretrained(name)
     except (OSError, ValueError) as error:
-        raise _unavailable(f"hf/{name}", error) from error
-    size = processor.size
-    side = size.get("height") or size.get("shortest_edge")
+        raise unavailable(f"hf/{name}", error) from error
+    return _LogitsOnly(network), _processing(processor)
+
+
+#: Pillow's numbers of its filters, which the hub's processors keep.
+FILTERS = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic"}
+
+
+def _processing(processor: Any) -> dict[str, Any]:
+    """The evaluation transform of a processor of the hub.
+
+    It resizes to a square (as ViT's), resizes the shorter side and crops (as ResNet's), or states the crop as
+    a share of the shorter side (as ConvNeXt's, below 384 pixels).
+    """
+    size = dict(processor.size)
+    side = int(size["height"] if "height" in size else size["shortest_edge"])
+    config: dict[str, Any] = {"mean": processor.image_mean, "std": processor.image_std, "input_size": side}
+    filtered = getattr(processor, "resample", None)
+    config["interpolation"] = FILTERS.get(int(filtered) if filtered is not None else 2, "bilinear")
     crop = getattr(processor, "crop_size", None)
-    crops = crop is not None and bool(getattr(processor, "do_center_crop", False))
-    return _LogitsOnly(network), {
-        "mean": processor.image_mean, "std": processor.image_std,
-        "input_size": crop["height"] if crop and crops else side,
-        "crop_pct": crop["height"] / side if crop and crops else 1.0,
-        "crop_mode": "center" if crops else "squash",
-    }  # fmt: skip
+    share = getattr(processor, "crop_pct", None)
+    if crop is not None and bool(getattr(processor, "do_center_crop", False)):
+        inner = int(dict(crop)["height"])
+        return {**config, "input_size": inner, "crop_pct": inner / side, "crop_mode": "center"}
+    if share is not None and "shortest_edge" in size and side < 384:
+        return {**config, "crop_pct": float(share), "crop_mode": "center"}
+    return {**config, "crop_mode": "squash"}
 
 
 def _shapes(name: str, params: Mapping[str, Any]) -> tuple[nn.Module, dict[str, Any]]:
@@ -231,6 +275,12 @@ def _shapes(name: str, params: Mapping[str, Any]) -> tuple[nn.Module, dict[str, 
         "mean": card["mean"], "std": card["std"], "input_size": card["input_size"],
         "class_names": card["classes"],
     }  # fmt: skip
+
+
+def _dino(name: str, params: Mapping[str, Any]) -> tuple[nn.Module, dict[str, Any]]:
+    from faithmap import dino
+
+    return dino.build(name, params)
 
 
 def _from_file(file: Path, function: str, params: Mapping[str, Any]) -> Model:
@@ -266,5 +316,6 @@ SOURCES: dict[str, Callable[[str, Mapping[str, Any]], tuple[nn.Module, dict[str,
     "timm": _timm,
     "torchvision": _torchvision,
     "hf": _huggingface,
+    "dino": _dino,
     "shapes": _shapes,
 }

@@ -8,7 +8,7 @@ layer, its feature grid and how its evaluation transform crops an image.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -121,6 +121,8 @@ class Model(nn.Module):
         self._anatomy: Anatomy | None = None
         self._places: dict[str, str] = {}
         self._digest = self._weights_digest = ""
+        #: How it was fine-tuned, where faithmap did that.
+        self.tuned: Mapping[str, Any] = {}
         self.eval()
 
     def forward(self, images: Tensor) -> Tensor:
@@ -245,6 +247,23 @@ class Model(nn.Module):
         """Take the digests anew when they are next asked for: weights have been changed."""
         self._digest = self._weights_digest = ""
 
+    def around(self, module: nn.Module, class_names: Sequence[str] | None) -> Model:
+        """The same normalisation, transform, layer and name around another network of the same insides."""
+        other = Model(
+            module, mean=self.mean.flatten().tolist(), std=self.std.flatten().tolist(),
+            input_size=self.transform.size, target_layer=self._layer, reshape=self._reshape, name=self.name,
+            family=self._family, crop_pct=self.transform.crop_pct,
+            interpolation=self.transform.interpolation, crop_mode=self.transform.mode,
+            class_names=class_names,
+        )  # fmt: skip
+        other.precision = self.precision
+        return other.to(self.device)
+
+    @property
+    def asked(self) -> dict[str, str | None]:
+        """The layer and the family that were asked for; None where they are found."""
+        return {"layer": self._layer, "family": self._family}
+
     def digest(self) -> str:
         """SHA-256 over every weight and buffer, the normalisation and the transform, shortened."""
         if not self._digest:
@@ -310,15 +329,17 @@ def _per_channel(what: str, values: float | Sequence[float]) -> Tensor:
 def load_model(name: str | Model | nn.Module, **params: Any) -> Model:
     """Make a `Model` from a name.
 
-    Names are `timm/NAME`, `torchvision/NAME`, `hf/ID`, `shapes/NAME` (embedded) and
-    `file.py:function`, where the function takes no arguments, or the keywords given here, and
-    returns a `Model`. A `Model` is handed back as it is.
+    Names are `timm/NAME`, `torchvision/NAME`, `hf/ID`, `dino/NAME`, `shapes/NAME` (embedded),
+    `tuned/NAME` or the path of a file that `faithmap finetune` wrote, and `file.py:function`, where the
+    function takes no arguments, or the keywords given here, and returns a `Model`. A `Model` is handed
+    back as it is.
 
     Args:
         name: one of the above.
         **params: `weights` (a safetensors file or a state dict), `pretrained` (fetch the
             published weights; the default where no `weights` are given), `mean`, `std`, `input_size`,
-            `crop_pct`, `interpolation`, `crop_mode`, `layer`, and `kwargs` for the architecture.
+            `crop_pct`, `interpolation`, `crop_mode`, `layer`, and `kwargs` for the architecture; for
+            `dino/NAME` also `head`, the file of its linear classifier.
 
     Raises:
         RequestError: the name, a key or a file is wrong, or weights do not fit.

@@ -7,6 +7,7 @@ import platform
 import shlex
 import subprocess
 import sys
+from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -123,25 +124,41 @@ def describe_explainer(use: ExplainerUse, grid: Grid) -> dict[str, Any]:
 def describe_fit(fit: Fit, grid: Grid) -> dict[str, Any]:
     """What an explainer has learnt of a model, in the manifest; `scored_too` names datasets of both."""
     record = fit.record
-    data = dict(record.get("data", {}))
-    seen = set(data.pop("ids", ()))
-    shared = [
+    return {
+        "key": fit.key,
+        "digest": fit.digest,
+        "fit_images": record.get("data", {}).get("images", 0),
+        "fit_seconds": record.get("seconds", 0.0),
+        "params_added": record.get("params_added", 0),
+        "scored_too": _scored_too(record, grid),
+        "record": _told(record),
+    }
+
+
+def describe_tuned(model: Model, grid: Grid) -> dict[str, Any]:
+    """How a model was fine-tuned, in the manifest; `scored_too` names datasets that it has learnt from."""
+    if not model.tuned:
+        return {}
+    return {"tuned": {"scored_too": _scored_too(model.tuned, grid), "record": _told(model.tuned)}}
+
+
+def _scored_too(record: Mapping[str, Any], grid: Grid) -> list[str]:
+    """Datasets of which images that are scored here were learnt from."""
+    data = record.get("data", {})
+    seen = set(data.get("ids", ()))
+    return [
         dataset.label
         for dataset, chosen in grid.datasets
         if (dataset.plugin.name, dataset.revision) == (data.get("plugin"), data.get("revision"))
         and any(digest(sample.id, length=10) in seen for sample in chosen)
     ]
-    # The command may name folders of the machine that fitted it.
-    kept = {key: value for key, value in record.items() if key not in ("command", "data")}
-    return {
-        "key": fit.key,
-        "digest": fit.digest,
-        "fit_images": data.get("images", 0),
-        "fit_seconds": record.get("seconds", 0.0),
-        "params_added": record.get("params_added", 0),
-        "scored_too": shared,
-        "record": {**kept, "data": data},
-    }
+
+
+def _told(record: Mapping[str, Any]) -> dict[str, Any]:
+    """A record without the command, which may name folders of the machine, and without ids."""
+    kept = {key: value for key, value in record.items() if key not in ("command", "data", "base")}
+    data = {key: value for key, value in record.get("data", {}).items() if key != "ids"}
+    return {**kept, "data": data}
 
 
 def describe_metric(use: MetricUse) -> dict[str, Any]:
@@ -184,6 +201,7 @@ def manifest(
                 "name": model.name,
                 "params": _params(config["models"], model.name),
                 **describe_model(model),
+                **describe_tuned(model, grid),
             }
             for model in grid.models
         },

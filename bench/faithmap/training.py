@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import datetime
 import inspect
 import io
 import signal
@@ -20,14 +18,13 @@ from filelock import FileLock, Timeout
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-import faithmap
 from faithmap import fitting
 from faithmap.batch import seed_of
-from faithmap.config import PLACE_KEYS
 from faithmap.data import LoadedDataset
 from faithmap.errors import DataError, FaithmapError, RequestError, nearest
 from faithmap.explaining import describe, guarded
 from faithmap.fitting import Fit
+from faithmap.learning_record import circumstances, curve_csv, data_entry
 from faithmap.models import Model
 from faithmap.records import Sample, digest
 from faithmap.registry import Plugin, check_type, with_defaults
@@ -104,10 +101,7 @@ class TrainingData:
             drop_last: leave out a last batch that is smaller than the others, unless it is the only one.
             start: leave out so many batches, when a fit goes on within an epoch.
         """
-        order = list(range(len(self)))
-        if shuffle:
-            generator = torch.Generator().manual_seed(seed_of(self._seed, "epoch", str(epoch)))
-            order = torch.randperm(len(self), generator=generator).tolist()
+        order = epoch_order(len(self), self._seed, epoch) if shuffle else list(range(len(self)))
         count = self.steps(batch_size, drop_last=drop_last)
         chosen = [order[i * batch_size : (i + 1) * batch_size] for i in range(start, count)]
         loader: Any = DataLoader(
@@ -116,6 +110,13 @@ class TrainingData:
         for images, labels, faults in loader:
             self.unreadable.update(faults)
             yield images.to(self._device, non_blocking=True), labels.to(self._device)
+
+
+def epoch_order(count: int, seed: int, epoch: int) -> list[int]:
+    """The order of so many images in an epoch, which the seed and the epoch alone decide."""
+    generator = torch.Generator().manual_seed(seed_of(seed, "epoch", str(epoch)))
+    order: list[int] = torch.randperm(count, generator=generator).tolist()
+    return order
 
 
 class _Images(Dataset[tuple[Tensor | None, int, str, str]]):
@@ -331,18 +332,7 @@ def train(
             made = fitting.write(file, made.tensors(), made.record, half)
         return made
     checkpoint = file.with_suffix(".checkpoint")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(file.with_suffix(".lock"), timeout=0)
-        lock.acquire()
-    except Timeout:
-        raise RequestError(f"another process is making {file}; wait for it") from None
-    except OSError as error:
-        raise RequestError(
-            f"cannot write to {folder} ({error.strerror or error}); set {fitting.HOME_VARIABLE} to another "
-            "folder, or name one with --out"
-        ) from error
-    try:
+    with making(file, "name one with --out"):
         if fresh:
             checkpoint.unlink(missing_ok=True)
         spec = fitting.spec_text(request.plugin, request.params)
@@ -350,18 +340,44 @@ def train(
             request.seed, request.precision, checkpoint, watcher or Silent(), every,
             title=f"{spec} · {request.model.name} · {request.dataset.label}",
         )  # fmt: skip
-        with _stoppable(session):
+        with stoppable(session):
             tensors, data = _fit(request, session)
         made = fitting.write(file, tensors, _record(request, session, tensors, data), half)
         write_bytes(file.with_suffix(".csv"), curve_csv(session.curve).encode())
         checkpoint.unlink(missing_ok=True)
         return made
+
+
+@contextmanager
+def making(file: Path, instead: str) -> Iterator[None]:
+    """Hold a file that is being made; the lock is the operating system's and dies with the process.
+
+    Args:
+        file: what will be written; its folder is made.
+        instead: what else one may do where the folder cannot be written to.
+
+    Raises:
+        RequestError: another process makes it, or the folder cannot be written to.
+    """
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(file.with_suffix(".lock"), timeout=0)
+        lock.acquire()
+    except Timeout:
+        raise RequestError(f"another process is making {file}; wait for it") from None
+    except OSError as error:
+        raise RequestError(
+            f"cannot write to {file.parent} ({error.strerror or error}); set {fitting.HOME_VARIABLE} to "
+            f"another folder, or {instead}"
+        ) from error
+    try:
+        yield
     finally:
         lock.release()
 
 
 @contextmanager
-def _stoppable(session: Session) -> Iterator[None]:
+def stoppable(session: Session) -> Iterator[None]:
     """Ctrl-C stops at the end of the step, with a checkpoint; a second one at once."""
 
     def stop(_number: int, _frame: Any) -> None:
@@ -398,28 +414,43 @@ def _fit(request: Training, session: Session) -> tuple[dict[str, Tensor], Traini
         raise FaithmapError(f"the fit of '{request.plugin.name}' failed: {describe(error)}") from error
     finally:
         session.watcher.end()
-    if data.unreadable and len(data.unreadable) == len(data):
-        name, reason = next(iter(data.unreadable.items()))
-        raise RequestError(f"none of the {len(data)} images could be read; '{name}': {reason}")
+    check_readable(data)
     if not tensors or not all(isinstance(value, Tensor) for value in tensors.values()):
         raise FaithmapError(
             f"the fit of '{request.plugin.name}' returned {type(tensors).__name__}; expected tensors by name"
         )
+    check_finite(tensors, f"the fit of '{request.plugin.name}'")
+    return tensors, data
+
+
+def check_readable(data: TrainingData) -> None:
+    """Refuse to have learnt from nothing.
+
+    Raises:
+        RequestError: none of the images could be read.
+    """
+    if data.unreadable and len(data.unreadable) == len(data):
+        name, reason = next(iter(data.unreadable.items()))
+        raise RequestError(f"none of the {len(data)} images could be read; '{name}': {reason}")
+
+
+def check_finite(tensors: Mapping[str, Tensor], what: str) -> None:
+    """Refuse to keep what is broken; `what` has learnt it.
+
+    Raises:
+        FaithmapError: a tensor holds NaN or infinity.
+    """
     broken = [name for name, value in tensors.items() if not bool(torch.isfinite(value.float()).all())]
     if broken:
         raise FaithmapError(
-            f"the fit of '{request.plugin.name}' ended with NaN or infinity in '{broken[0]}'; nothing was "
-            "kept. Lower its learning rate, or fit in fp32"
+            f"{what} ended with NaN or infinity in '{broken[0]}'; nothing was kept. Lower its learning rate, "
+            "or fit in fp32"
         )
-    return tensors, data
 
 
 def _record(
     request: Training, session: Session, tensors: Mapping[str, Tensor], data: TrainingData
 ) -> dict[str, Any]:
-    from faithmap.provenance import checkout, command_line, git_state, library_versions
-
-    dataset = request.dataset
     return {
         "key": request.key,
         "served": request.served,
@@ -428,43 +459,12 @@ def _record(
         "params": fitting.fit_params(request.plugin, request.params),
         "options": dict(request.options),
         "model": {"name": request.model.name, "weights": request.model.weights_digest()},
-        "data": {
-            "dataset": dataset.label,
-            "key": dataset.key,
-            "revision": dataset.revision,
-            "part": request.part,
-            "limit": request.limit,
-            "images": len(data) - len(data.unreadable),
-            "unreadable": len(data.unreadable),
-            "plugin": dataset.plugin.name,
-            "params": {k: v for k, v in dataset.params.items() if k not in PLACE_KEYS},
-            "ids": [digest(sample.id, length=10) for sample in request.samples],
-        },
+        "data": data_entry(
+            request.dataset, request.samples, len(data.unreadable), part=request.part, limit=request.limit
+        ),
         "transform": repr(request.model.transform),
-        "seed": request.seed,
-        "precision": request.precision,
-        "device": str(request.model.device),
-        "threads": torch.get_num_threads(),
-        "steps": len(session.curve),
-        "last": session.curve[-1] if session.curve else {},
-        "seconds": round(session.elapsed(), 3),
         "params_added": sum(
             value.numel() for name, value in tensors.items() if not name.endswith(fitting.BUFFERS)
         ),
-        "faithmap": faithmap.__version__,
-        **git_state(checkout()),
-        "torch": library_versions()["torch"],
-        "command": command_line(),
-        "created": datetime.datetime.now(datetime.UTC).replace(microsecond=0).isoformat(),
+        **circumstances(session, request.model),
     }
-
-
-def curve_csv(curve: Sequence[Mapping[str, float]]) -> str:
-    """What was reported, a step a line."""
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    names = list(curve[0]) if curve else ["step"]
-    writer.writerow(names)
-    for line in curve:
-        writer.writerow([int(line["step"]), *(repr(line[name]) for name in names[1:])])
-    return text.getvalue()

@@ -118,7 +118,7 @@ def _noted(lines: Sequence[Line], cell: CellFacts) -> list[str]:
 
 
 def _fitted_here(lines: Sequence[Line], cell: CellFacts, manifest: Mapping[str, Any]) -> list[str]:
-    """Which methods have learnt from images that they are scored on."""
+    """Which methods, and whether the model, have learnt from images that they are scored on."""
     entries = manifest.get("explainers", {})
     seen = [
         line["explainer"]
@@ -126,9 +126,13 @@ def _fitted_here(lines: Sequence[Line], cell: CellFacts, manifest: Mapping[str, 
         if cell.dataset
         in entries.get(line["explainer"], {}).get("fits", {}).get(cell.model, {}).get("scored_too", ())
     ]
-    if not seen:
-        return []
-    return [f"**Fitted on images of this very table**: {', '.join(map(code, seen))}."]
+    tuned = manifest.get("models", {}).get(cell.model, {}).get("tuned", {})
+    said = []
+    if cell.dataset in tuned.get("scored_too", ()):
+        said.append("**The model was fine-tuned on images of this very table.**")
+    if seen:
+        said.append(f"**Fitted on images of this very table**: {', '.join(map(code, seen))}.")
+    return said
 
 
 def _stood_in(lines: Sequence[Line]) -> list[str]:

@@ -1,0 +1,69 @@
+"""What is kept beside something that was learnt: from which images, under what circumstances, its curve."""
+
+from __future__ import annotations
+
+import csv
+import datetime
+import io
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+import faithmap
+from faithmap.config import PLACE_KEYS
+from faithmap.data import LoadedDataset
+from faithmap.models import Model
+from faithmap.records import Sample, digest
+
+if TYPE_CHECKING:
+    from faithmap.training import Session
+
+
+def data_entry(
+    dataset: LoadedDataset, samples: Sequence[Sample], unreadable: int, *, part: str, limit: int | None
+) -> dict[str, Any]:
+    """What was learnt from, as a record keeps it; its `ids` are digests, so that overlaps can be found."""
+    return {
+        "dataset": dataset.label,
+        "key": dataset.key,
+        "revision": dataset.revision,
+        "part": part,
+        "limit": limit,
+        "images": len(samples) - unreadable,
+        "unreadable": unreadable,
+        "plugin": dataset.plugin.name,
+        "params": {k: v for k, v in dataset.params.items() if k not in PLACE_KEYS},
+        "ids": [digest(sample.id, length=10) for sample in samples],
+    }
+
+
+def circumstances(session: Session, model: Model) -> dict[str, Any]:
+    """Where, when, for how long and with what it was learnt, as a record keeps it."""
+    from faithmap.provenance import checkout, command_line, git_state, library_versions
+
+    return {
+        "seed": session.seed,
+        "precision": session.precision,
+        "device": str(model.device),
+        "threads": torch.get_num_threads(),
+        "steps": len(session.curve),
+        "last": session.curve[-1] if session.curve else {},
+        "seconds": round(session.elapsed(), 3),
+        "faithmap": faithmap.__version__,
+        **git_state(checkout()),
+        "torch": library_versions()["torch"],
+        "command": command_line(),
+        "created": datetime.datetime.now(datetime.UTC).replace(microsecond=0).isoformat(),
+    }
+
+
+def curve_csv(curve: Sequence[Mapping[str, float]]) -> str:
+    """What was reported, a step a line."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    names = list(curve[0]) if curve else ["step"]
+    writer.writerow(names)
+    for line in curve:
+        writer.writerow([int(line["step"]), *(repr(line[name]) for name in names[1:])])
+    return text.getvalue()
