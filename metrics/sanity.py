@@ -179,8 +179,8 @@ def _similarity(one: Tensor, two: Tensor) -> float:
     spans = [float(each.max() - each.min()) for each in (one, two)]
     if not all(spans):
         return 0.0
-    stretched = (
+    first, second = (
         ((each - each.min()) / span).double().cpu().numpy()
         for each, span in zip((one, two), spans, strict=True)
     )
-    return float(structural_similarity(*stretched, data_range=1.0))
+    return float(structural_similarity(first, second, data_range=1.0))  # type: ignore[no-untyped-call]
