@@ -40,7 +40,7 @@ KEY_COLUMNS = [
 ]  # fmt: skip
 MANIFEST = "manifest.json"
 #: What every manifest holds, and nothing can be done without.
-ESSENTIAL = ("identity", "settings", "cells", "models", "datasets", "explainers", "metrics")
+ESSENTIAL = ("identity", "cells")
 UNFINISHED = ".unfinished"
 PREVIEWS = "previews"
 LOCK = ".lock"
