@@ -9,8 +9,7 @@ import torch
 from faithmap import metric
 from faithmap.again import explain_again, failures, for_classes
 from faithmap.batch import Scored
-from faithmap.perturb import removal_ranks_both, step_counts
-from faithmap.removal import curve_area, read_curves, removal_logits, shared_tie_order, steps_to
+from faithmap.removal import curve_area, removal_curves, steps_to
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -78,11 +77,7 @@ def class_gap(
     same = (found.maps == maps).flatten(1).all(1)
     gaps = {name: torch.zeros(len(batch), dtype=torch.float64, device=maps.device) for name in SCORES}
     if not bool(same.all()):
-        orders = [
-            removal_ranks_both(each, batch.ties(), shared_tie_order(batch)) for each in (maps, found.maps)
-        ]
-        counts = step_counts(maps[0].numel(), shares)[1:]
-        curves = read_curves(removal_logits(model, batch, torch.cat(orders), counts, fill), batch)
+        curves = removal_curves(model, batch, [maps, found.maps], fill, shares)
         for reading in ("", "@probability"):
             most, least, other_most, other_least = curve_area(curves[reading], shares)
             gap = (least - most) - (other_least - other_most)

@@ -6,14 +6,12 @@ from typing import TYPE_CHECKING
 
 from faithmap import metric
 from faithmap.batch import Scored
-from faithmap.perturb import removal_ranks_both, step_counts, tied_share
+from faithmap.perturb import tied_share
 from faithmap.regions import blanked
 from faithmap.removal import (
     READINGS,
     curve_area,
-    read_curves,
-    removal_logits,
-    shared_tie_order,
+    removal_curves,
     steps_to,
     without_labels,
 )
@@ -64,10 +62,8 @@ def perturbation(
         The scores of the label curve are left out where the batch has no labels.
     """
     shares = steps_to("perturbation", span, steps)
-    ranks = removal_ranks_both(maps, batch.ties(), shared_tie_order(batch))
-    logits = removal_logits(model, batch, ranks, step_counts(maps[0].numel(), shares)[1:], fill)
     scores: dict[str, Values] = {}
-    for reading, curves in read_curves(logits, batch).items():
+    for reading, curves in removal_curves(model, batch, [maps], fill, shares).items():
         scores |= _areas(curves, curve_area(curves, shares), reading, batch)
     scores["ties"] = 100 * tied_share(maps)
     return scores

@@ -9,9 +9,8 @@ import torch
 from faithmap import metric
 from faithmap.again import explain_again, failures, for_classes, with_model
 from faithmap.batch import Scored, seed_of
-from faithmap.perturb import removal_ranks_both, step_counts
 from faithmap.randomising import cascade
-from faithmap.removal import curve_area, read_curves, removal_logits, shared_tie_order, steps_to
+from faithmap.removal import curve_area, removal_curves, steps_to
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -141,11 +140,7 @@ def _auc_d(
     model: Model, batch: Batch, maps: list[Tensor], fill: str, shares: tuple[float, ...], reading: str = ""
 ) -> list[Tensor]:
     """AUC-D (B,) of several maps of the images, as `perturbation` has it."""
-    orders = [removal_ranks_both(each, batch.ties(), shared_tie_order(batch)) for each in maps]
-    counts = step_counts(maps[0][0].numel(), shares)[1:]
-    areas = curve_area(
-        read_curves(removal_logits(model, batch, torch.cat(orders), counts, fill), batch)[reading], shares
-    )
+    areas = curve_area(removal_curves(model, batch, maps, fill, shares)[reading], shares)
     return [areas[2 * i + 1] - areas[2 * i] for i in range(len(maps))]
 
 

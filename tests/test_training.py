@@ -135,12 +135,9 @@ def test_the_command_reads_models_and_datasets_of_a_request(tmp_path: Path) -> N
 
 def test_a_fit_takes_every_image_unless_a_limit_is_given() -> None:
     """The default run's own limit, which is for scoring, is far below the images of this data set."""
-    given: dict[str, Any] = {
-        "part": "all", "seed": 0, "device": "cpu", "precision": "fp32", "threads": None, "workers": 0,
-    }  # fmt: skip
     words = ("toy-fitted", "shapes/resnet", "shapes[split=train,n=1000]", None, [])
-    assert len(commands.training(*words, limit=None, **given).samples) == 1000
-    assert len(commands.training(*words, limit=300, **given).samples) == 300
+    assert len(commands.training(*words, commands.Learning()).samples) == 1000
+    assert len(commands.training(*words, commands.Learning(limit=300)).samples) == 300
 
 
 @pytest.mark.parametrize(

@@ -33,6 +33,22 @@ if not OUT.is_terminal:
 Plugins = Annotated[
     list[Path] | None, typer.Option("--plugin", help="A file that registers explainers, metrics or datasets.")
 ]
+# What several commands have in common.
+Request = Annotated[
+    Path | None, typer.Option(help="A TOML file whose models and datasets are meant by their names.")
+]
+LearningModel = Annotated[str, typer.Option(help="A model's name, as in --request or with parameters.")]
+LearningDataset = Annotated[str, typer.Option(help="The images to learn from, likewise.")]
+Part = Annotated[str, typer.Option(help="eval, dev or all.")]
+Limit = Annotated[
+    int | None, typer.Option(help="Images to learn from, balanced over the classes; by default all.")
+]
+Seed = Annotated[int, typer.Option(help="Seed of everything that is drawn.")]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps.")]
+Precision = Annotated[str, typer.Option(help="fp32 or bf16.")]
+Threads = Annotated[int | None, typer.Option(help="Threads on a CPU; by default every core.")]
+Workers = Annotated[int, typer.Option(help="Processes that read images; 0 reads them here and keeps them.")]
+Fresh = Annotated[bool, typer.Option("--fresh", help="Begin anew, whatever there is.")]
 INTERRUPTED, GO_ON = 130, "interrupted; run the same command again to go on from here"
 Comma = "Comma list; parameters in brackets: name[key=value]."
 
@@ -207,7 +223,7 @@ def explain(
     target: Annotated[
         int | None, typer.Option(help="The class explained; by default the prediction.")
     ] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps.")] = "auto",
+    device: Device = "auto",
     seed: Annotated[int, typer.Option(help="Seed of explainers that draw.")] = 0,
     plugin: Plugins = None,
 ) -> None:
@@ -223,51 +239,41 @@ def train(
     explainer: Annotated[
         str, typer.Argument(metavar="EXPLAINER", help="An explainer that is fitted; parameters in brackets.")
     ],
-    model: Annotated[str, typer.Option(help="A model's name, as in --request or with parameters.")],
-    dataset: Annotated[str, typer.Option(help="The images to learn from, likewise.")],
-    request: Annotated[
-        Path | None, typer.Option(help="A TOML file whose models and datasets are meant by their names.")
-    ] = None,
+    model: LearningModel,
+    dataset: LearningDataset,
+    request: Request = None,
     option: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="An option of the fit.")
     ] = None,
-    part: Annotated[str, typer.Option(help="eval, dev or all.")] = "all",
-    limit: Annotated[
-        int | None, typer.Option(help="Images, balanced over the classes; by default all.")
-    ] = None,
-    seed: Annotated[int, typer.Option(help="Seed of everything that is drawn.")] = 0,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps.")] = "auto",
-    precision: Annotated[str, typer.Option(help="fp32 or bf16.")] = "fp32",
-    threads: Annotated[int | None, typer.Option(help="Threads on a CPU; by default every core.")] = None,
-    workers: Annotated[
-        int, typer.Option(help="Processes that read images; 0 reads them here and keeps them.")
-    ] = 0,
+    part: Part = "all",
+    limit: Limit = None,
+    seed: Seed = 0,
+    device: Device = "auto",
+    precision: Precision = "fp32",
+    threads: Threads = None,
+    workers: Workers = 0,
     out: Annotated[Path | None, typer.Option(help="Folder of the fit; by default the user's.")] = None,
     half: Annotated[bool, typer.Option("--half", help="Keep the fit in half precision.")] = False,
-    fresh: Annotated[bool, typer.Option("--fresh", help="Begin anew, whatever there is.")] = False,
+    fresh: Fresh = False,
     plugin: Plugins = None,
 ) -> None:
     """Fit an explainer to a model; `faithmap run` finds the fit. The same command goes on after a kill."""
     from faithmap import commands, listing
 
     listing.load_plugins(plugin or [])
-    asked = commands.training(
-        explainer, model, dataset, request, option or [], part=part, limit=limit, seed=seed,
-        device=device, precision=precision, threads=threads, workers=workers,
-    )  # fmt: skip
+    how = commands.Learning(part, limit, seed, device, precision, threads, workers)
+    asked = commands.training(explainer, model, dataset, request, option or [], how)
     _exit(commands.train(asked, OUT, ERR, out=out, half=half, fresh=fresh))
 
 
 @app.command()
 def finetune(
-    model: Annotated[str, typer.Option(help="A model's name, as in --request or with parameters.")],
-    dataset: Annotated[str, typer.Option(help="The images to learn from, likewise.")],
+    model: LearningModel,
+    dataset: LearningDataset,
     test_dataset: Annotated[
         str | None, typer.Option(help="The images to test on, likewise; by default a share is held out.")
     ] = None,
-    request: Annotated[
-        Path | None, typer.Option(help="A TOML file whose models and datasets are meant by their names.")
-    ] = None,
+    request: Request = None,
     train: Annotated[
         str | None, typer.Option(help="head (the default), which leaves the network as it is, or all.")
     ] = None,
@@ -292,18 +298,14 @@ def finetune(
     name: Annotated[
         str | None, typer.Option(help="The model is tuned/NAME from then on; by default MODEL-DATASET.")
     ] = None,
-    part: Annotated[str, typer.Option(help="eval, dev or all.")] = "all",
-    limit: Annotated[
-        int | None, typer.Option(help="Images to learn from, balanced over the classes; by default all.")
-    ] = None,
-    seed: Annotated[int, typer.Option(help="Seed of everything that is drawn.")] = 0,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps.")] = "auto",
-    precision: Annotated[str, typer.Option(help="fp32 or bf16.")] = "fp32",
-    threads: Annotated[int | None, typer.Option(help="Threads on a CPU; by default every core.")] = None,
-    workers: Annotated[
-        int, typer.Option(help="Processes that read images; 0 reads them here and keeps them.")
-    ] = 0,
-    fresh: Annotated[bool, typer.Option("--fresh", help="Begin anew, whatever there is.")] = False,
+    part: Part = "all",
+    limit: Limit = None,
+    seed: Seed = 0,
+    device: Device = "auto",
+    precision: Precision = "fp32",
+    threads: Threads = None,
+    workers: Workers = 0,
+    fresh: Fresh = False,
     plugin: Plugins = None,
 ) -> None:
     """Fine-tune a model to the classes of a dataset; it is tuned/NAME from then on.
@@ -319,8 +321,8 @@ def finetune(
             "train": train, "epochs": epochs, "optimizer": optimizer, "lr": lr,
             "weight_decay": weight_decay, "schedule": schedule, "batch_size": batch_size,
         },
-        name=name, hold_out=hold_out, part=part, limit=limit, seed=seed, device=device,
-        precision=precision, threads=threads, workers=workers,
+        commands.Learning(part, limit, seed, device, precision, threads, workers),
+        name=name, hold_out=hold_out,
     )  # fmt: skip
     _exit(commands.finetune(asked, OUT, ERR, fresh=fresh))
 
@@ -330,16 +332,14 @@ def show(
     dataset: Annotated[
         str, typer.Argument(metavar="DATASET", help="A dataset's name, as in --request or with parameters.")
     ],
-    request: Annotated[
-        Path | None, typer.Option(help="A TOML file whose datasets and models are meant by their names.")
-    ] = None,
+    request: Request = None,
     option: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="A parameter of the dataset.")
     ] = None,
     model: Annotated[
         str | None, typer.Option(help="Whose transform is shown; by default a crop of 224 from 256 pixels.")
     ] = None,
-    part: Annotated[str, typer.Option(help="eval, dev or all.")] = "all",
+    part: Part = "all",
     limit: Annotated[int, typer.Option(help="Samples, balanced over the classes.")] = 16,
     out: Annotated[
         Path | None, typer.Option(help="The figure (.png, .pdf or .svg); by default DATASET.png.")

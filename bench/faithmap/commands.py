@@ -6,6 +6,7 @@ import os
 import shlex
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +20,6 @@ from faithmap.records import Sample, Spec
 if TYPE_CHECKING:
     from faithmap.data import LoadedDataset
     from faithmap.finetuning import Finetuning
-    from faithmap.models import Model
     from faithmap.training import Training
 
 
@@ -91,43 +91,62 @@ def dry_run(config: Config, console: Console) -> int:
     return 0
 
 
+@dataclass(frozen=True, slots=True)
+class Learning:
+    """The flags that `faithmap train` and `faithmap finetune` have in common."""
+
+    part: str = "all"
+    limit: int | None = None
+    seed: int = 0
+    device: str = "auto"
+    precision: str = "fp32"
+    threads: int | None = None
+    workers: int = 0
+
+    def settings(self) -> RunSettings:
+        """Checked settings; the threads are set.
+
+        Its limit means nothing: without the flag it is that of the default run, which is for scoring.
+        """
+        import torch
+
+        from faithmap.runner import usable_cores
+
+        given = {key: getattr(self, key) for key in ("part", "limit", "seed", "device", "precision")}
+        settings = load_config(None).with_run(**given).run
+        if self.workers < 0 or (self.threads is not None and self.threads < 1):
+            raise RequestError(
+                f"--workers {self.workers}, --threads {self.threads}: expected 0 or more, and 1 or more"
+            )
+        torch.set_num_threads(self.threads or usable_cores())
+        return settings
+
+
 def training(
-    explainer: str,
-    model: str,
-    dataset: str,
-    request: Path | None,
-    options: Sequence[str],
-    *,
-    part: str,
-    limit: int | None,
-    seed: int,
-    device: str,
-    precision: str,
-    threads: int | None,
-    workers: int,
+    explainer: str, model: str, dataset: str, request: Path | None, options: Sequence[str], how: Learning
 ) -> Training:
     """Turn the flags of `faithmap train` into a checked request, its model on the device."""
     from faithmap.config import parse_option
     from faithmap.explaining import undefined
+    from faithmap.plan import load_named
     from faithmap.registry import get
+    from faithmap.runner import resolve_device
     from faithmap.training import Training, fit_options
 
     spec = parse_spec(explainer)
     plugin = get("explainer", spec.name)
     params = plugin.check(spec.params)
-    settings = _settings(
-        threads, workers, part=part, limit=limit, seed=seed, device=device, precision=precision
-    )
+    settings = how.settings()
     checked = fit_options(plugin, dict(parse_option(text) for text in options))
-    network = _network(_of_request(request, "models", model))
+    network = load_named(_of_request(request, "models", model))
     reason = undefined(plugin, network, frozenset({"label", "mask", "box"}))
     if reason:
         raise RequestError(f"explainer '{plugin.name}': {reason}")
-    images, samples = _images(_of_request(request, "datasets", dataset), settings, limit)
-    _onto_device(network, settings)
+    images, samples = _images(_of_request(request, "datasets", dataset), how.part, how.limit)
+    network.to(resolve_device(settings.device)).eval()
     return Training(
-        plugin, params, network, images, samples, checked, settings.part, limit, settings.seed,
-        settings.precision, workers,
+        plugin, params, network, images, samples, checked, settings.part, how.limit, settings.seed,
+        settings.precision, how.workers,
     )  # fmt: skip
 
 
@@ -138,16 +157,10 @@ def finetuning(
     request: Path | None,
     options: Sequence[str],
     flags: Mapping[str, Any],
+    how: Learning,
     *,
     name: str | None,
     hold_out: float | None,
-    part: str,
-    limit: int | None,
-    seed: int,
-    device: str,
-    precision: str,
-    threads: int | None,
-    workers: int,
 ) -> Finetuning:
     """Turn the flags of `faithmap finetune` into a checked request, its model on the device.
 
@@ -157,11 +170,11 @@ def finetuning(
     from faithmap.config import parse_option
     from faithmap.data import held_out
     from faithmap.finetuning import Finetuning, base_of, labelled, refuse_overlap
+    from faithmap.plan import load_named
+    from faithmap.runner import resolve_device
     from faithmap.tuning_options import finetune_options
 
-    settings = _settings(
-        threads, workers, part=part, limit=limit, seed=seed, device=device, precision=precision
-    )
+    settings = how.settings()
     given = {key: value for key, value in flags.items() if value is not None}
     checked = finetune_options({**dict(parse_option(text) for text in options), **given})
     if hold_out is not None and (test_dataset is not None or not 0 < hold_out < 1):
@@ -169,14 +182,14 @@ def finetuning(
             f"--hold-out {hold_out}: expected a share between 0 and 1, and no --test-dataset beside it"
         )
     spec = _of_request(request, "models", model)
-    images, samples = _images(_of_request(request, "datasets", dataset), settings, limit)
+    images, samples = _images(_of_request(request, "datasets", dataset), how.part, how.limit)
     samples = labelled(images, samples)
     if test_dataset is None:
         hold_out = 0.2 if hold_out is None else hold_out
         samples, test_samples = held_out(samples, hold_out)
         test_images = images
     else:
-        test_images, test_samples = _images(_of_request(request, "datasets", test_dataset), settings, None)
+        test_images, test_samples = _images(_of_request(request, "datasets", test_dataset), how.part, None)
         test_samples = labelled(test_images, test_samples)
         refuse_overlap(images, samples, test_images, test_samples)
     if not samples or not test_samples:
@@ -185,50 +198,22 @@ def finetuning(
             f"learn from and {len(test_samples)} to test on; give more images, another --hold-out, or "
             "--test-dataset"
         )
-    network = _network(spec)
+    network = load_named(spec)
     by_itself = f"{spec.title.rpartition('/')[2]}-{images.label}"
     called = tuned.usable_name(name or by_itself, asked=name is not None)
-    _onto_device(network, settings)
+    network.to(resolve_device(settings.device)).eval()
     return Finetuning(
         called, network, base_of(spec, network), images, samples, test_images, test_samples, checked,
-        settings.part, limit, hold_out, settings.seed, settings.precision, workers,
+        settings.part, how.limit, hold_out, settings.seed, settings.precision, how.workers,
     )  # fmt: skip
 
 
-def _settings(threads: int | None, workers: int, **given: Any) -> RunSettings:
-    """Checked settings of what is learnt; the threads are set."""
-    import torch
-
-    from faithmap.runner import usable_cores
-
-    settings = load_config(None).with_run(**given).run
-    if workers < 0 or (threads is not None and threads < 1):
-        raise RequestError(f"--workers {workers}, --threads {threads}: expected 0 or more, and 1 or more")
-    torch.set_num_threads(threads or usable_cores())
-    return settings
-
-
-def _network(spec: Spec) -> Model:
-    from faithmap.plan import load_named
-
-    return load_named(spec)
-
-
-def _images(spec: Spec, settings: RunSettings, limit: int | None) -> tuple[LoadedDataset, tuple[Sample, ...]]:
-    """A dataset, and what is taken of it.
-
-    The limit is not the settings': without the flag they hold that of the default run, which is for scoring.
-    """
+def _images(spec: Spec, part: str, limit: int | None) -> tuple[LoadedDataset, tuple[Sample, ...]]:
+    """A dataset, and what is taken of it."""
     from faithmap.data import choose, load_dataset
 
     images = load_dataset(spec)
-    return images, choose(images.samples, settings.part, limit)
-
-
-def _onto_device(network: Model, settings: RunSettings) -> None:
-    from faithmap.runner import resolve_device
-
-    network.to(resolve_device(settings.device)).eval()
+    return images, choose(images.samples, part, limit)
 
 
 def show(

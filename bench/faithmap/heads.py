@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from faithmap.errors import RequestError
+from faithmap.layers import watched
 
 #: Standard deviation of a new head's weights; its biases are 0.
 SPREAD = 0.01
@@ -42,26 +43,18 @@ def find_head(module: nn.Module, example: Tensor) -> Head:
     ran: list[tuple[str, Tensor]] = []
     last_with_parameters = ""
 
-    def note(name: str, layer: nn.Module) -> object:
-        def hook(_module: nn.Module, _inputs: object, output: object) -> None:
-            nonlocal last_with_parameters
-            last_with_parameters = name
-            if _is_affine(layer) and isinstance(output, Tensor):
-                ran.append((name, output))
-
-        return hook
+    def note(name: str, layer: nn.Module, _inputs: object, output: object) -> None:
+        nonlocal last_with_parameters
+        last_with_parameters = name
+        if _is_affine(layer) and isinstance(output, Tensor):
+            ran.append((name, output))
 
     leaves = [
         (name, layer) for name, layer in module.named_modules()
         if name and next(layer.parameters(recurse=False), None) is not None
     ]  # fmt: skip
-    handles = [layer.register_forward_hook(note(name, layer)) for name, layer in leaves]
-    try:
-        with torch.no_grad():
-            logits = module(example)
-    finally:
-        for handle in handles:
-            handle.remove()
+    with watched(leaves, note), torch.no_grad():
+        logits = module(example)
     made = [(name, output.flatten(1)) for name, output in ran if output.shape[1] == logits.shape[1]]
     for count in (1, 2):
         names = tuple(name for name, _ in made[-count:])

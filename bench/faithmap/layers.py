@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -211,31 +212,41 @@ def stage_ends(module: nn.Module, example: Tensor) -> list[str]:
     return [ends[grid] for grid in sorted(ends, reverse=True)]
 
 
+@contextmanager
+def watched(
+    modules: Iterable[tuple[str, nn.Module]], see: Callable[[str, nn.Module, object, object], None]
+) -> Iterator[None]:
+    """Within the block, `see(name, module, inputs, output)` is told of each of these modules that has run."""
+
+    def hook(name: str) -> Callable[[nn.Module, object, object], None]:
+        return lambda module, inputs, output: see(name, module, inputs, output)
+
+    handles = [module.register_forward_hook(hook(name)) for name, module in modules]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
 def _trace(
     module: nn.Module, example: Tensor, note: Callable[[str, object, Tensor], None] | None = None
 ) -> tuple[dict[str, Tensor], Tensor]:
     """Run once and keep every submodule's tensor output, in the order in which they finished."""
     outputs: dict[str, Tensor] = {}
 
-    def keep(name: str) -> Callable[..., None]:
-        def hook(_module: nn.Module, inputs: object, output: object) -> None:
-            if isinstance(output, tuple | list) and output:
-                output = output[0]
-            if isinstance(output, Tensor):
-                outputs.pop(name, None)
-                outputs[name] = output
-                if note is not None:
-                    note(name, inputs, output)
+    def keep(name: str, _module: nn.Module, inputs: object, output: object) -> None:
+        if isinstance(output, tuple | list) and output:
+            output = output[0]
+        if isinstance(output, Tensor):
+            outputs.pop(name, None)
+            outputs[name] = output
+            if note is not None:
+                note(name, inputs, output)
 
-        return hook
-
-    handles = [sub.register_forward_hook(keep(name)) for name, sub in module.named_modules() if name]
-    try:
-        with torch.no_grad():
-            logits = module(example)
-    finally:
-        for handle in handles:
-            handle.remove()
+    parts = ((name, part) for name, part in module.named_modules() if name)
+    with watched(parts, keep), torch.no_grad():
+        logits = module(example)
     if not isinstance(logits, Tensor):
         raise RequestError(
             f"the model returns a {type(logits).__name__}; expected a tensor of logits (B, classes): "

@@ -14,6 +14,7 @@ from torch import nn
 
 from faithmap.batch import seed_of
 from faithmap.errors import RequestError, nearest
+from faithmap.layers import watched
 from faithmap.models import Model
 
 #: What becomes of a weight: the tensor's entries change places, or the layer's own initialisation is drawn.
@@ -60,28 +61,22 @@ def layers_from_the_top(model: Model) -> list[str]:
     """Modules that hold weights of their own, in the reverse of the order in which they finish."""
     order: dict[str, None] = {}
     holders = {
-        module: name
+        name: module
         for name, module in model.module.named_modules()
         if list(module.parameters(recurse=False))
     }
 
-    def note(module: nn.Module, _inputs: object, _output: object) -> None:
-        order.pop(holders[module], None)
-        order[holders[module]] = None
+    def note(name: str, _module: nn.Module, _inputs: object, _output: object) -> None:
+        order.pop(name, None)
+        order[name] = None
 
-    handles = [module.register_forward_hook(note) for module in holders]
-    try:
-        with model.counting() as meter, torch.no_grad():
-            model(torch.zeros(1, 3, *model.input_size, device=model.device))
-            meter.forwards = 0
-    finally:
-        for handle in handles:
-            handle.remove()
+    with watched(holders.items(), note), model.counting() as meter, torch.no_grad():
+        model(torch.zeros(1, 3, *model.input_size, device=model.device))
+        meter.forwards = 0
+    idle = [name for name in holders if name and name not in order]
     # A root with tokens or positions of its own finishes last, but they enter first.
-    found = [name for name in order if name]
-    idle = [name for name in holders.values() if name and name not in order]
-    own = [""] if "" in holders.values() else []
-    return [*reversed(found), *idle, *own]
+    own = [""] if "" in holders else []
+    return [*(name for name in reversed(order) if name), *idle, *own]
 
 
 def _forget(module: nn.Module, how: str, seed: int) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 from faithmap.batch import Batch, seed_of
 from faithmap.errors import RequestError
 from faithmap.models import Model
-from faithmap.perturb import make_fill, masked_logits, tie_order
+from faithmap.perturb import make_fill, masked_logits, removal_ranks_both, step_counts, tie_order
 
 #: How logits are read: the decision is that on the clean image; it is the label; the target's probability.
 READINGS = ("", "@label", "@probability")
@@ -63,6 +63,23 @@ def removal_logits(
     masked = masked_logits(model, batch.images, ranks, counts, colours, field)
     clean = batch.logits.view(1, len(batch), 1, -1).expand(len(ranks), -1, -1, -1)
     return torch.cat([clean, masked], 2)
+
+
+def removal_curves(
+    model: Model, batch: Batch, maps: Sequence[Tensor], fill: str, shares: Sequence[float]
+) -> dict[str, Tensor]:
+    """Curves of each reading (2 len(maps), B, steps): every map's most important pixels first, then last.
+
+    Args:
+        model: the model.
+        batch: the images.
+        maps: sets of maps (B, H, W) of these images, ranked as they are.
+        fill: one of `perturb.FILL_NAMES`.
+        shares: of pixels removed, from 0 on; see `steps_to`.
+    """
+    orders = [removal_ranks_both(each, batch.ties(), shared_tie_order(batch)) for each in maps]
+    counts = step_counts(maps[0][0].numel(), shares)[1:]
+    return read_curves(removal_logits(model, batch, torch.cat(orders), counts, fill), batch)
 
 
 def noise_field(batch: Batch) -> Tensor:
