@@ -8,9 +8,9 @@ from pathlib import Path
 
 from faithmap import dataset
 from faithmap.annotations import pixel_edges
-from faithmap.class_map import read_text
-from faithmap.errors import RequestError, nearest
+from faithmap.errors import RequestError
 from faithmap.imagenet_classes import imagenet_classes
+from faithmap.on_disk import Home, one_of, text_of
 from faithmap.pictures import Box, Picture, file_size
 from faithmap.records import Sample, SampleList, digest
 
@@ -18,9 +18,14 @@ FOLDER = "tiny-imagenet-200"
 WNIDS, WORDS, VAL_BOXES = "wnids.txt", "words.txt", "val_annotations.txt"
 SPLITS = ("val", "train")
 LABELS = ("imagenet", "tiny", "wnids")
-HOW_TO_GET = (
-    f"get {FOLDER}.zip from the course CS231n of Stanford University (cs231n.stanford.edu), unpack it, and "
-    f"give root = the folder {FOLDER}"
+HOME = Home(
+    name="tiny-imagenet",
+    folder=FOLDER,
+    holds=(WNIDS,),
+    advice=(
+        f"get {FOLDER}.zip from the course CS231n of Stanford University (cs231n.stanford.edu), unpack it, "
+        f"and give root = the folder {FOLDER}"
+    ),
 )
 
 
@@ -52,16 +57,10 @@ def tiny_imagenet(
         RequestError: a folder or file is missing or malformed, or the split or the labels are
             unknown. An image that cannot be read raises `DataError`, only when it is loaded.
     """
-    if split not in SPLITS:
-        raise RequestError(
-            f"dataset 'tiny-imagenet', parameter 'split': got {split!r}; {nearest(split, SPLITS)}"
-        )
-    if labels not in LABELS:
-        raise RequestError(
-            f"dataset 'tiny-imagenet', parameter 'labels': got {labels!r}; {nearest(labels, LABELS)}"
-        )
-    top = _top(root)
-    wnids = read_text(top / WNIDS, "list of classes").split()
+    one_of(HOME.name, "split", split, SPLITS)
+    one_of(HOME.name, "labels", labels, LABELS)
+    top = HOME.find(root)
+    wnids = text_of(top / WNIDS).split()
     numbers, names = _classes(top, wnids, labels)
     lines = list(_val(top) if split == "val" else _train(top, wnids))
     entries = []
@@ -90,17 +89,6 @@ class Line:
     where: str
 
 
-def _top(root: str | Path | None) -> Path:
-    if root is None:
-        raise RequestError(f"dataset 'tiny-imagenet' was given no root; {HOW_TO_GET}")
-    given = Path(root).expanduser()
-    for folder in (given, given / FOLDER):
-        if (folder / WNIDS).is_file():
-            return folder
-    what = f"{given} holds no {WNIDS}" if given.is_dir() else f"no such folder: {given}"
-    raise RequestError(f"{what}; {HOW_TO_GET}")
-
-
 def _classes(top: Path, wnids: list[str], labels: str) -> tuple[dict[str, int], tuple[str, ...]]:
     """Labels by WordNet id, and the words of each label."""
     known = imagenet_classes()
@@ -113,7 +101,7 @@ def _classes(top: Path, wnids: list[str], labels: str) -> tuple[dict[str, int], 
 
 def _words(file: Path) -> dict[str, str]:
     """Words by WordNet id; the file lists many more than the 200."""
-    pairs = (line.partition("\t") for line in _lines(file, "list of words"))
+    pairs = (line.partition("\t") for line in text_of(file).splitlines())
     return {wnid.strip(): words.strip() for wnid, _, words in pairs}
 
 
@@ -132,7 +120,7 @@ def _train(top: Path, wnids: list[str]) -> Iterator[Line]:
 
 def _table(file: Path, columns: int) -> Iterator[tuple[list[str], str]]:
     """The lines of a table without a heading, with the place of each."""
-    lines = _lines(file, "table of boxes")
+    lines = text_of(file).splitlines()
     if not lines:
         raise RequestError(f"{file} lists no images; unpack {FOLDER}.zip anew")
     for number, line in enumerate(lines, start=1):
@@ -140,12 +128,6 @@ def _table(file: Path, columns: int) -> Iterator[tuple[list[str], str]]:
         if len(words) != columns:
             raise RequestError(f"{file}, line {number}: got '{line.strip()}', expected {columns} values")
         yield words, f"{file}, line {number}"
-
-
-def _lines(file: Path, what: str) -> list[str]:
-    if not file.is_file():
-        raise RequestError(f"no such file: {file}; unpack {FOLDER}.zip anew")
-    return read_text(file, what).splitlines()
 
 
 def _box(words: list[str], where: str) -> Box:

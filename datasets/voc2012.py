@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -13,7 +12,8 @@ from typing import TYPE_CHECKING
 from faithmap import dataset
 from faithmap.annotations import pixel_edges, read_annotation
 from faithmap.class_map import ClassMap, names_by_label
-from faithmap.errors import DataError, RequestError, nearest
+from faithmap.errors import DataError, RequestError
+from faithmap.on_disk import Home, one_of
 from faithmap.pictures import Box, Picture, file_size
 from faithmap.records import Sample, SampleList, digest
 
@@ -29,9 +29,14 @@ FOLDER = "VOCdevkit/VOC2012"
 SPLITS = ("val", "train", "trainval")
 TASKS = ("segmentation", "detection")
 OBJECTS = ("each-class", "single")
-HOW_TO_GET = (
-    "get VOCtrainval_11-May-2012.tar from host.robots.ox.ac.uk/pascal/VOC/voc2012, unpack it, and give "
-    "root = the folder that holds VOCdevkit; or give download = true besides, and torchvision fetches it"
+HOME = Home(
+    name="voc2012",
+    folder=FOLDER,
+    holds=("JPEGImages",),
+    advice=(
+        "get VOCtrainval_11-May-2012.tar from host.robots.ox.ac.uk/pascal/VOC/voc2012, unpack it, and give "
+        "root = the folder that holds VOCdevkit; or give download = true besides, and torchvision fetches it"
+    ),
 )
 
 
@@ -85,10 +90,7 @@ def voc2012(
             An image or mask that cannot be read raises `DataError`, only when it is loaded.
     """
     for key, value, known in (("split", split, SPLITS), ("task", task, TASKS), ("objects", objects, OBJECTS)):
-        if value not in known:
-            raise RequestError(
-                f"dataset 'voc2012', parameter '{key}': got {value!r}; {nearest(value, known)}"
-            )
+        one_of(HOME.name, key, value, known)
     labels = _labels(class_map)
     images, masks = _listed(_top(root, download), split, task)
     entries = [
@@ -98,7 +100,7 @@ def voc2012(
         raise RequestError(f"no image of split '{split}' has such objects; look at objects and difficult")
     sizes = {entry.image: file_size(entry.image) for entry in entries}
     if all(size is None for size in sizes.values()):
-        raise RequestError(f"no images are there, {entries[0].image} for one; {HOW_TO_GET}")
+        raise RequestError(f"no images are there, {entries[0].image} for one; {HOME.advice}")
     content = [(e.id, sizes[e.image], file_size(e.mask) if e.mask else 0, e.label, e.boxes) for e in entries]
     names = names_by_label({label: name for name, label in labels.items()})
     return SampleList(map(_sample, entries), revision=digest(content), class_names=names)
@@ -140,27 +142,14 @@ def _labels(class_map: str | Path | None) -> Mapping[str, int]:
 
 def _top(root: str | Path | None, download: bool) -> Path:
     """The folder that holds `VOCdevkit/VOC2012`, fetched into it if that is asked for."""
-    if root is None:
-        raise RequestError(f"dataset 'voc2012' was given no root; {HOW_TO_GET}")
-    given = Path(root).expanduser().absolute()
-    above = {"VOC2012": given.parent.parent, "VOCdevkit": given.parent}
-    top = above.get(given.name, given)
-    if not (top / FOLDER).is_dir() and download:
-        _fetch(top)
-    if not (top / FOLDER).is_dir():
-        raise RequestError(f"{root} holds no {FOLDER}; {HOW_TO_GET}")
-    return top
-
-
-def _fetch(top: Path) -> None:
     from torchvision.datasets import VOCDetection
 
-    if os.environ.get("HF_HUB_OFFLINE", "").lower() in ("1", "true", "yes", "on"):
-        raise RequestError(f"{top} holds no {FOLDER}, and nothing is fetched offline; {HOW_TO_GET}")
-    try:
-        VOCDetection(str(top), year="2012", image_set="val", download=True)
-    except Exception as error:
-        raise RequestError(f"VOC 2012 could not be fetched into {top}: {error}; {HOW_TO_GET}") from error
+    if root is not None:
+        given = Path(root).expanduser().absolute()
+        root = {"VOC2012": given.parent.parent, "VOCdevkit": given.parent}.get(given.name, given)
+    if download:
+        HOME.fetch(root, lambda base: VOCDetection(str(base), year="2012", image_set="val", download=True))
+    return HOME.find(root).parents[1]
 
 
 def _listed(top: Path, split: str, task: str) -> tuple[list[Path], bool]:
