@@ -1,100 +1,38 @@
-"""A run beside the papers' tables: planted orders, missing variants, names, and the page."""
+"""A run beside the papers' tables: planted orders, missing variants, names and settings."""
 
 from __future__ import annotations
 
-import copy
-import io
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import pytest
-from fits import typed
-from rich.console import Console
+from comparisons import (
+    DROP,
+    PERTURBATION,
+    PRINTED,
+    N,
+    falling,
+    manifest,
+    metric,
+    only,
+    planted,
+    sections,
+)
 
-import faithmap
 import slow_comparison
-import slow_rows
 from faithmap import comparing, stats
-from faithmap.comparing import Comparison, Section, chosen_figures, compare
+from faithmap.comparing import chosen_figures
 from faithmap.errors import RequestError
-from faithmap.evidence import read_evidence
 from faithmap.publications import publication
 from faithmap.records import canonical_json
 from faithmap.report.comparison import (
-    comparison_table,
-    figures_tables,
-    incomparable,
     render_comparison,
     requested,
 )
-
-N = 40
-TABLE = "scan-2026:table2"
-PRINTED = ("scan", "layercam", "gradcam++", "xgradcam", "lime", "rise")
-PERTURBATION = {"fill": "black", "span": 0.9, "steps": 9}
-DROP = {"mute": "soft", "score": "probability", "space": "pixel"}
-Values = Callable[[str, int], float | None]
-
-
-def metric(name: str, params: Mapping[str, Any], *scores: str, variant: str = "") -> dict[str, Any]:
-    """A metric's entry in a manifest."""
-    return {"name": name, "version": 1, "params": dict(params), "spec": f"{name}{variant}/1",
-            "variant": variant, "scores": dict.fromkeys(scores, "higher"), "fallback": {}}  # fmt: skip
-
-
-def planted(
-    means: Mapping[str, float],
-    *,
-    score: str = "auc_d@label",
-    spec: str = "perturbation/1",
-    noise: float = 1.0,
-    value: Values | None = None,
-    seed: int = 0,
-) -> pd.DataFrame:
-    """Rows of one score whose means are those given, up to noise that is shared in part."""
-    rows = slow_rows.Rows(seed)
-    shared = rows.rng.normal(0, 5, N)
-    for name, mean in means.items():
-        for image in range(N):
-            found = mean + shared[image] + rows.rng.normal(0, noise) if value is None else value(name, image)
-            rows.add(name, f"img{image:03d}", score, found, spec, status="skipped" if found is None else "ok",
-                     reason="no gain" if found is None else "")  # fmt: skip
-    return rows.frame()
-
-
-def manifest(
-    methods: Sequence[str],
-    metrics: Sequence[dict[str, Any]] = (),
-    family: str = "cnn",
-    dataset: str = "shapes",
-) -> dict[str, Any]:
-    """A manifest of these methods on one model."""
-    made = slow_rows.manifest(methods, (), datasets=(dataset,), images=N)
-    made["models"]["shapes/resnet"]["family"] = family
-    made["metrics"] = list(metrics) or [metric("perturbation", PERTURBATION, "auc_d@label")]
-    return made
-
-
-def sections(rows: pd.DataFrame, made: Mapping[str, Any], *wanted: str) -> list[Section]:
-    return compare(read_evidence(rows, made), chosen_figures(wanted or (TABLE,)), resamples=300)
-
-
-def only(found: Sequence[Section]) -> Comparison:
-    """The one comparison that there is."""
-    (section,) = [section for section in found if section.comparisons]
-    (comparison,) = section.comparisons
-    return comparison
-
-
-def falling(names: Sequence[str], step: float = 5.0) -> dict[str, float]:
-    """Means that put the names in their order, the first the best."""
-    return {name: 50 - step * place for place, name in enumerate(names)}
 
 
 class TestOrders:
@@ -384,150 +322,3 @@ class TestScope:
         once = chosen_figures(["score-cam-2020"])
         assert chosen_figures(["score-cam-2020:table3", "score-cam-2020"]) == [once[2], *once[:2]]
         assert len(chosen_figures()) > len(once) == len(publication("score-cam-2020").figures)
-
-
-@pytest.fixture(scope="module")
-def found() -> list[Section]:
-    means = falling(PRINTED)
-    means["layercam"], means["gradcam++"] = means["gradcam++"], means["layercam"]
-    made = manifest(PRINTED[:-1])
-    made["config"] = {"explainers": [{"name": "lime", "n_samples": 250}]}
-    return sections(planted(means)[lambda rows: rows["explainer"] != "rise"], made, "scan-2026")
-
-
-class TestPage:
-    def test_it_is_the_same_for_the_same_rows(self) -> None:
-        rows = planted(falling(PRINTED))
-        shuffled = rows.sample(frac=1, random_state=1)
-        made = manifest(PRINTED)
-        assert render_comparison(sections(rows, made)) == render_comparison(sections(shuffled, made))
-
-    def test_tables_are_regular(self, found: list[Section]) -> None:
-        text = render_comparison(found)
-        assert text.endswith("\n") and not text.endswith("\n\n")
-        for block in re.findall(r"(?:^\|.*\|$\n?)+", text, re.MULTILINE):
-            widths = {len(re.split(r"(?<!\\)\|", line)) for line in block.splitlines()}
-            assert len(widths) == 1
-
-    def test_it_says_what_it_must(self, found: list[Section]) -> None:
-        text = render_comparison(found)
-        for said in (
-            "A published value carries no interval",
-            "| 1 | `scan-2026:table2`, ResNet50V2 on ImageNet | `auc_d` | `shapes/resnet` on `shapes` |",
-            "Lee et al. 2026, *SCAN: Visual Explanations with Self-Confidence and Analysis Networks*, "
-            "arXiv:2603.06523",
-            "| Model | ResNet50V2 | `shapes/resnet`, 0.3 M parameters, weights `ab12cd34ef56ab78` |",
-            "| Images | ImageNet, number not stated | `shapes`, 40 images, part eval; other images",
-            "| Class explained | not stated | predicted |",
-            "every map at the model's own grid (12 × 12)",
-            "**Not comparable** as values, because the model is shapes/resnet, there ResNet50V2; the images "
-            "are of shapes, there of ImageNet. The order is what is compared.",
-            "- `lime`: run with n_samples = 250.",
-            "The column is read as perturbation, label (certain).",
-            "10 pairs: 9 agree, 1 disagree, 0 not told apart here. τ-b 0.80 [0.80, 0.80], 5 methods,",
-            "- `layercam` less `gradcam++`: 0.85 there, −",
-            "but not compared: `rise` (not in this run).",
-            "- `neg_auc`: not measured (neg\\_auc@label, neg\\_auc).",
-            "- not measured (ms\\_per\\_image): `scan-2026:table5`, ResNet50V2 on ImageNet.",
-            "- fewer than three methods in the table: `scan-2026:table4`.",
-            "- the model there is a vision transformer, here a CNN: `scan-2026:table1`, ViT-B/16 on ImageNet",
-        ):
-            assert said in text, said
-
-    def test_the_same_architecture_is_said(self, found: list[Section]) -> None:
-        section = next(section for section in found if section.figures.model.key == "resnet50v2")
-        models = {"timm/resnetv2_50": section.cell.manifest["models"]["shapes/resnet"]}
-        made = copy.deepcopy(dict(section.cell.manifest)) | {"models": models}
-        cell = replace(section.cell, model="timm/resnetv2_50", manifest=made)
-        assert "the same architecture, perhaps with other weights" in render_comparison(
-            [replace(section, cell=cell)]
-        )
-
-    def test_nothing_to_compare(self) -> None:
-        names = ("layercam", "gradcam++")
-        text = render_comparison(sections(planted(falling(names)), manifest(names)))
-        assert "No published table shares three methods and a score with this run." in text
-        assert "fewer than three methods in both (gradcam++, layercam)" in text
-
-    def test_the_terminal_has_a_line_for_each(self, found: list[Section]) -> None:
-        table = comparison_table(found)
-        assert table.row_count == sum(len(section.comparisons) for section in found) == 3
-        assert [column.header.plain for column in table.columns][-3:] == ["Agree", "Disagree", "Not decided"]  # type: ignore[union-attr]
-
-
-class TestValues:
-    """Printed, measured, and whether the two may be compared at all."""
-
-    def made(self, **facts: Any) -> list[Section]:
-        section = sections(planted(falling(PRINTED)), manifest(PRINTED))[0]
-        return [replace(section, cell=replace(section.cell, **facts))]
-
-    def test_what_is_alike_may_be_compared(self) -> None:
-        (section,) = self.made(model="timm/resnetv2_50.a1h_in1k", dataset="imagenet")
-        assert incomparable(section) == []
-        assert "Values may be compared as far as weights" in render_comparison([section])
-        assert figures_tables([section])[0].caption is None
-
-    def test_what_is_not_says_why(self) -> None:
-        (section,) = self.made(dataset="imagenet")
-        assert incomparable(section) == ["the model is shapes/resnet, there ResNet50V2"]
-        (section,) = self.made(model="timm/resnetv2_50")
-        assert incomparable(section) == ["the images are of shapes, there of ImageNet"]
-
-    def test_a_terminal_shows_printed_measured_and_difference(self) -> None:
-        console = Console(file=io.StringIO(), width=120)
-        (drawn,) = figures_tables(self.made())
-        console.print(drawn)
-        said = console.file.getvalue()  # type: ignore[attr-defined]
-        assert re.search(r"scan +\S +37\.29 +\S +\S+ \[\S+, \S+\] \S +\S*\d+\.\d", said), said
-        assert "not comparable: the model is shapes/resnet, there ResNet50V2;" in said
-
-    def test_maps_that_were_reduced_alone_are_named(self) -> None:
-        made = manifest(PRINTED)
-        made["settings"]["map_grid"] = "native"
-        made["explainers"]["lime"]["params"] = {"map_grid": 7}
-        rows = planted(falling(PRINTED))
-        rows.loc[rows["explainer"] == "lime", "params"] = canonical_json({"map_grid": 7})
-        text = render_comparison(sections(rows, made))
-        assert "each method's own; `lime` first at 7 cells a side |" in text
-
-
-class TestInARun:
-    """`published` in a request: the run ends beside the tables that it names."""
-
-    def request(self, **changes: Any) -> dict[str, Any]:
-        return {
-            "run": {"limit": 8, "own_nulls": [], "null_draws": 1, "threads": 1},
-            "models": [{"name": "shapes/resnet"}],
-            "datasets": [{"name": "shapes"}],
-            "explainers": [{"name": name} for name in ("gradcam++", "layercam", "xgradcam")],
-            "metrics": [{"name": "perturbation"}],
-            "published": [TABLE],
-            **changes,
-        }
-
-    def test_the_page_stands_beside_the_board(self, tmp_path: Path) -> None:
-        done = faithmap.run(self.request(), out=tmp_path / "run", figures=False)
-        page = (tmp_path / "run" / "published.md").read_text()
-        assert tmp_path / "run" / "published.md" in done.written
-        assert "| 1 | `layercam` | 36.27 |" in page and "scan-2026:table3" not in page
-        code, _ = typed("leaderboard", tmp_path / "run", "--out", tmp_path / "again")
-        assert code == 0
-        assert (tmp_path / "again" / "published.md").read_text() == page
-
-    @pytest.mark.parametrize(
-        ("published", "sentence"),
-        [
-            ("scan-2026", "published must list sources or tables"),
-            ([1], "published must list sources or tables"),
-            (["scan-2027"], "no figures of 'scan-2027' are kept here"),
-            (["scan-2026:table4"], "cannot be set beside a board"),
-        ],
-    )
-    def test_a_wrong_name_is_refused_before_anything_runs(
-        self, tmp_path: Path, published: Any, sentence: str
-    ) -> None:
-        with pytest.raises(RequestError) as caught:
-            faithmap.run(self.request(published=published), out=tmp_path / "run")
-        assert sentence in str(caught.value)
-        assert not (tmp_path / "run").exists()
