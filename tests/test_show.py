@@ -158,7 +158,7 @@ class TestCommand:
             (("shapes", "--model", "shapes/resnets"), "shapes/resnet"),
             (("shapes", "--request", "gone.toml"), "no such file: gone.toml"),
             (("imagenet",), "dataset 'imagenet' was given no root; get the validation images"),
-            (("voc2012", "--set", "root=gone"), "holds no VOCdevkit/VOC2012; get VOCtrainval"),
+            (("voc2012", "--set", "root=gone"), "/gone; get VOCtrainval_11-May-2012.tar from host.robots"),
         ],
     )
     def test_refusals_are_one_sentence(self, typed: Typed, words: tuple[str, ...], complaint: str) -> None:
