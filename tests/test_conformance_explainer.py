@@ -319,6 +319,16 @@ def test_iterative_methods_are_compared_by_rank() -> None:
     )
 
 
+def test_noise_on_a_plateau_is_no_other_order() -> None:
+    def stepped(model: Model, batch: Batch) -> Tensor:
+        """Two plateaus; a millionth of noise in a batch of several, which shuffles their ranks."""
+        maps = gradient(model, batch)
+        noise = 1e-6 * batch.images.mean(1) * (len(batch) > 1)
+        return (maps > maps.flatten(1).median(1).values.view(-1, 1, 1)).float() + noise
+
+    assert failing(checked(stepped, iterative=True)) == {}
+
+
 def test_rounding_is_no_dependence_on_the_batch() -> None:
     def ill_conditioned(model: Model, batch: Batch) -> Tensor:
         """As if large numbers cancelled: an error of the type's precision, another in each batch."""

@@ -282,7 +282,7 @@ def explainer(
         backwards: likewise for backward passes.
         exact_cost: False where the two counts are upper bounds rather than what each call takes.
         iterative: True where the map is found by steps that let rounding grow (an optimisation, a
-            fit): the kit then compares maps by rank correlation instead of by value.
+            fit): the kit then takes maps for equal by their rank correlation too.
         check_params: small settings with which the conformance kit runs the plugin.
         fit_params: of an explainer that is fitted first, the parameters that the fit depends on; by
             default all.

@@ -1,0 +1,92 @@
+"""Every explainer on timm's own architectures: maps that are finite, and no image that sees another.
+
+Random weights, and images of 64 pixels for speed; `faithmap check all --models
+"timm/vgg11[pretrained=false]" --only check_maps,check_batch` tries the same at full size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from functools import cache, partial
+from typing import Any
+
+import pytest
+import torch
+
+from faithmap import conformance, registry
+from faithmap.conformance import Case
+from faithmap.models import Model, load_model
+
+SIDE = 64
+#: Transformers of a fixed size are told the size; the others take any. VGG's head is narrowed: its 120
+#: million weights would be most of the test's time.
+NETS: dict[str, dict[str, Any]] = {
+    "timm/vit_tiny_patch16_224": {"img_size": SIDE},
+    "timm/deit_tiny_distilled_patch16_224": {"img_size": SIDE},
+    "timm/convnext_atto": {},
+    "timm/mobilenetv2_100": {},
+    "timm/resnet18": {},
+    "timm/vgg11": {"mlp_ratio": 1 / 16},
+}
+#: They pass the image once for each channel: here on narrow networks, on the wide ones where minutes do not
+#: count.
+CHANNELWISE = ("ablationcam", "scorecam", "scorecam++")
+NARROW = ("timm/vit_tiny_patch16_224", "timm/convnext_atto")
+#: They pass dozens of changed images, which VGG takes ten times as long for as the others.
+PERTURBING = ("kernel-shap", "lime", "mask", "occlusion", "rise")
+SLOWEST = "timm/vgg11"
+CHECKS = ("check_maps", "check_batch")
+#: A transformer that has learnt nothing spreads its attention evenly: the class token alone has large
+#: gradients, and the mask leaves nothing of the patches.
+EMPTY = {
+    "masked-features": {
+        f"check_maps[{name}]": "no patch has a gradient among the largest 5%"
+        for name in NETS
+        if NETS[name].get("img_size")
+    }
+}
+
+
+@cache
+def net(name: str) -> Model:
+    """Made once, as the kit works on copies of it."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return load_model(name, pretrained=False, input_size=SIDE, kwargs=NETS[name])
+
+
+def models(names: Iterable[str]) -> dict[str, Callable[[], Model]]:
+    return {name: partial(net, name) for name in sorted(names)}
+
+
+OTHERS = [p for p in registry.plugins("explainer") if p.name not in CHANNELWISE + PERTURBING]
+
+
+@pytest.mark.slow
+@conformance.parametrized("explainer", OTHERS, models=models(NETS), only=CHECKS, expected_failures=EMPTY)
+def test_explainers(case: Case) -> None:
+    case.run()
+
+
+@pytest.mark.slow
+@conformance.parametrized("explainer", PERTURBING, models=models({*NETS} - {SLOWEST}), only=CHECKS)
+def test_explainers_that_perturb(case: Case) -> None:
+    case.run()
+
+
+@pytest.mark.slow
+@conformance.parametrized("explainer", CHANNELWISE, models=models(NARROW), only=CHECKS)
+def test_explainers_that_go_by_channels(case: Case) -> None:
+    case.run()
+
+
+@pytest.mark.long
+@conformance.parametrized("explainer", PERTURBING, models=models([SLOWEST]), only=CHECKS)
+def test_explainers_that_perturb_on_a_slow_network(case: Case) -> None:
+    case.run()
+
+
+@pytest.mark.long
+@conformance.parametrized("explainer", CHANNELWISE, models=models({*NETS} - {*NARROW}), only=CHECKS)
+def test_explainers_that_go_by_channels_on_wide_networks(case: Case) -> None:
+    case.run()
