@@ -52,7 +52,8 @@ class Batch:
     `images` (B, 3, H, W) in [0, 1]; `targets` (B,) the classes explained; `ids` one a piece;
     `labels` (B,), -1 where unknown; `masks` bool (B, H, W) and `boxes`, a list of (K, 4) tensors
     `x0, y0, x1, y1`, belong to the label. `grid` is the (h, w) that maps are reduced to before
-    they are scored, None for native resolution.
+    they are scored, None for native resolution; nulls and controls may be drawn on it, a method's map
+    does not depend on it.
     """
 
     images: Tensor

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from faithmap.errors import RequestError
-from faithmap.folders import publish, read_images, read_run, read_runs
-from faithmap.store import LOCK, RunStore, write_bytes
+from faithmap.folders import IMAGES, publish, read_images, read_run, read_runs
+from faithmap.records import VARIANTS
+from faithmap.store import LOCK, MANIFEST, RunStore, write_bytes
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -21,6 +22,7 @@ SHOWN_REASONS = 8
 def rebuild(runs: Sequence[Path], out: Path | None, console: Console) -> int:
     """Write tables and figures again, into the run's folder or another one."""
     from faithmap.leaderboard import write_boards
+    from faithmap.report.variants import write_variants
 
     if len(runs) > 1 and out is None:
         raise RequestError("several runs make one board in a folder of its own; name it with --out")
@@ -32,7 +34,9 @@ def rebuild(runs: Sequence[Path], out: Path | None, console: Console) -> int:
         publish(rows, manifest, out)
         for run in runs:
             copy_heatmaps(run, out)
-    for file in write_boards(rows, manifest, target):
+    if target == runs[0] or len(runs) == 1:
+        copy_variants(runs[0], target)
+    for file in [*write_boards(rows, manifest, target), *write_variants(target)]:
         console.print(f"wrote {file}", markup=False, highlight=False, soft_wrap=True)
     return 0
 
@@ -82,6 +86,28 @@ def copy_heatmaps(run: Path, out: Path) -> None:
     """Take along the figures that a board cannot draw, having neither images nor maps."""
     for file in sorted((run / "figures").glob("heatmaps-*.png")):
         write_bytes(out / "figures" / file.name, file.read_bytes())
+
+
+def copy_variants(run: Path, out: Path) -> None:
+    """Take along the rows of a run's variants, and the list of its images."""
+    if out.resolve() == run.resolve() or not (run / VARIANTS / MANIFEST).is_file():
+        return
+    names = [Path(VARIANTS) / MANIFEST, Path(IMAGES)]
+    names += [file.relative_to(run) for file in sorted((run / VARIANTS / "rows").rglob("*.parquet"))]
+    for name in names:
+        write_bytes(out / name, (run / name).read_bytes())
+
+
+def print_variants(path: Path, console: Console) -> None:
+    """Print how the order of methods moves under the variants of a run."""
+    from faithmap.orders import read_orders
+    from faithmap.report.variants import variants_table
+
+    found = read_orders(path)
+    for each in found:
+        console.print(variants_table(each))
+    if not found:
+        console.print("no two methods could be compared under the variants")
 
 
 def print_summary(path: Path, console: Console) -> None:

@@ -129,6 +129,10 @@ def run(
     ] = None,
     engine: Annotated[str, typer.Option(help="Where units run: local.")] = "local",
     plugin: Plugins = None,
+    variants: Annotated[
+        bool,
+        typer.Option("--variants", help="Also say how the order moves under published variants of the test."),
+    ] = False,
     save_maps: Annotated[bool, typer.Option("--save-maps", help="Keep the maps under maps/.")] = False,
     fresh: Annotated[
         bool, typer.Option("--fresh", help="Drop what the folder holds of an earlier run.")
@@ -152,6 +156,7 @@ def run(
         },
         plugins=plugin or [],
         offline=offline,
+        variants=variants,
     )  # fmt: skip
     if dry_run:
         _exit(commands.dry_run(config, OUT))

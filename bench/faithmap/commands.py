@@ -29,6 +29,7 @@ def request(
     settings: Mapping[str, Any],
     plugins: Sequence[Path],
     offline: bool,
+    variants: bool = False,
 ) -> Config:
     """Turn the flags of `faithmap run` into a `Config`."""
     if offline:
@@ -42,7 +43,8 @@ def request(
         given[key] = split_list(text)
         if not given[key]:
             raise RequestError(f"--{key} is empty; give a comma list of names")
-    return load_config(source).with_run(**settings).with_lists(**given)
+    config = load_config(source).with_run(**settings).with_lists(**given)
+    return config.with_variants() if variants else config
 
 
 def run(
@@ -66,6 +68,8 @@ def run(
     print_summary(done.path, console)
     if config.published:
         boards.compare([done.path], config.published, None, console)
+    if config.variants:
+        boards.print_variants(done.path, console)
     console.print(f"done in {progress.clock(time.monotonic() - started)}", highlight=False)
     for line in boards.unfitted(done.path):
         errors.print(line, markup=False, highlight=False, soft_wrap=True)

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypeVar, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_serializer, field_validator
 
@@ -19,9 +19,10 @@ from faithmap.records import Spec, canonical_json
 Part = Literal["eval", "dev", "all"]
 Precision = Literal["fp32", "bf16"]
 Target = Literal["predicted", "label", "second"]
+MapGrid = Literal["model", "native"] | int
 OwnNull = Literal["swapped", "rolled"]
-SECTIONS = ("run", "models", "datasets", "explainers", "metrics", "fits", "published")
-LISTS = SECTIONS[1:-1]
+LISTS = ("models", "datasets", "explainers", "metrics", "fits")
+SECTIONS = ("run", *LISTS, "published", "variants")
 DEFAULT_PRESET = "quickstart"
 #: Parameters that name files or folders; a relative one is relative to the TOML file.
 PATH_KEYS = ("weights", "head", "root", "index", "class_map", "annotations", "devkit")
@@ -45,7 +46,7 @@ class RunSettings(BaseModel):
     batch_size: Literal["auto"] | int = "auto"
     target: Target = "predicted"
     #: The grid that every map is reduced to: the model's own, none, or a side in cells.
-    map_grid: Literal["model", "native"] | int = "model"
+    map_grid: MapGrid = "model"
     #: Draws of each null for an image.
     null_draws: int = Field(default=2, ge=1)
     #: Each method's own maps, moved: of another image, or rolled on the torus.
@@ -68,6 +69,30 @@ class RunSettings(BaseModel):
         return value
 
 
+class VariantSettings(BaseModel):
+    """The `[variants]` section: the published ways of a perturbation test that a run is repeated in.
+
+    The three readings of the curves and the two spans, 0 to 0.9 and 0 to 1, cost nothing and are always
+    among them. See `faithmap.multiverse`.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    fills: tuple[str, ...] = ("black", "mean", "blur", "noisy-linear")
+    targets: tuple[Target, ...] = ("predicted", "label")
+    map_grids: tuple[MapGrid, ...] = ("model", "native", 14)
+
+    @field_validator("fills", "targets", "map_grids")
+    @classmethod
+    def _some(cls, values: tuple[Any, ...]) -> tuple[Any, ...]:
+        if not values:
+            raise ValueError("must name at least one")
+        for value in values:
+            if isinstance(value, int) and value < 2:
+                raise ValueError('must name "model", "native" or sides of at least 2 cells')
+        return tuple(dict.fromkeys(values))
+
+
 class Config(BaseModel):
     """A request: settings, and the models, datasets, explainers and metrics of the grid.
 
@@ -75,7 +100,7 @@ class Config(BaseModel):
     `fits` say by the name of an explainer how the run fits it to each model where that has not been done; see
     `faithmap.requested_fits`.
     `published` names figures (`SOURCE` or `SOURCE:TABLE`) that the outcome is set beside; see
-    `faithmap.comparing`.
+    `faithmap.comparing`. `variants` repeats the perturbation test in its published variants.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, arbitrary_types_allowed=True)
@@ -88,6 +113,7 @@ class Config(BaseModel):
     metrics: tuple[Spec, ...] = ()
     fits: tuple[Spec, ...] = ()
     published: tuple[str, ...] = ()
+    variants: VariantSettings | None = None
 
     @field_serializer("models", "datasets", "explainers", "metrics", "fits")
     def _plain(self, specs: tuple[Spec, ...]) -> list[dict[str, Any]]:
@@ -117,6 +143,10 @@ class Config(BaseModel):
             if items
         }
         return self._replace(**given)
+
+    def with_variants(self) -> Config:
+        """The same request with its variants, or with all of them where it names none."""
+        return self if self.variants is not None else self._replace(variants=VariantSettings())
 
     def _own(self, key: str, item: str | Spec) -> Spec | None:
         """The request's own model or dataset of a name; None where it has none."""
@@ -203,7 +233,8 @@ def from_mapping(content: Mapping[str, Any], name: str, where: str, base: Path |
     if not isinstance(published, list | tuple) or not all(isinstance(entry, str) for entry in published):
         raise RequestError(f'{where}: published must list sources or tables, such as ["scan-2026:table1"]')
     settings = run_settings({**defaults, **run}, where)
-    return Config(name=name, run=settings, published=tuple(published), **lists)
+    variants = variant_settings(content.get("variants", False), where)
+    return Config(name=name, run=settings, published=tuple(published), variants=variants, **lists)
 
 
 def run_settings(values: Mapping[str, Any], where: str) -> RunSettings:
@@ -212,13 +243,36 @@ def run_settings(values: Mapping[str, Any], where: str) -> RunSettings:
     Raises:
         RequestError: a setting does not exist or has a wrong value; `where` it stands is named.
     """
+    return _checked(RunSettings, values, where, "run")
+
+
+def variant_settings(given: Mapping[str, Any] | bool, where: str) -> VariantSettings | None:
+    """The `[variants]` section; `variants = true` asks for all of them.
+
+    Raises:
+        RequestError: a setting does not exist or has a wrong value; `where` it stands is named.
+    """
+    if isinstance(given, bool):
+        return VariantSettings() if given else None
+    if not isinstance(given, Mapping):
+        raise RequestError(f"{where}: variants must be true, or a table [variants] of lists")
+    for key, value in given.items():
+        if key in VariantSettings.model_fields and not isinstance(value, list | tuple):
+            raise RequestError(f"{where}, [variants]: {key} = {value!r} must be a list")
+    return _checked(VariantSettings, given, where, "variants")
+
+
+_Settings = TypeVar("_Settings", bound=BaseModel)
+
+
+def _checked(kind: type[_Settings], values: Mapping[str, Any], where: str, section: str) -> _Settings:
     for key in values:
-        if key not in RunSettings.model_fields:
+        if key not in kind.model_fields:
             raise RequestError(
-                f"{where}, [run]: unknown key '{key}'; {nearest(key, RunSettings.model_fields)}"
+                f"{where}, [{section}]: unknown key '{key}'; {nearest(key, kind.model_fields)}"
             )
     try:
-        return RunSettings(**values)
+        return kind(**values)
     except ValidationError as error:
         fault = error.errors()[0]
         key = str(fault["loc"][0])
@@ -228,9 +282,11 @@ def run_settings(values: Mapping[str, Any], where: str) -> RunSettings:
 
 
 def _expectation(key: str, message: str) -> str:
-    choices = {"part": Part, "precision": Precision, "target": Target}
+    choices = {"part": Part, "precision": Precision, "target": Target, "targets": Target}
     if key in choices:
         return "expected one of " + ", ".join(get_args(choices[key]))
+    if key == "map_grids":
+        return 'expected "model", "native" and sides in cells, of at least 2'
     if key == "device":
         return "expected auto, cpu, mps, cuda or cuda:N"
     if key == "limit":

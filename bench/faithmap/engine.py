@@ -72,8 +72,22 @@ def check_engine(name: str) -> None:
         raise RequestError(f"unknown engine '{name}'; this version has: {', '.join(ENGINES)}")
 
 
-def run_local(groups: Sequence[Group], store: RunStore, observer: Observer, save_maps: bool = False) -> None:
-    """Run every pending unit in this process and write its rows."""
+def run_local(
+    groups: Sequence[Group],
+    store: RunStore,
+    observer: Observer,
+    save_maps: bool = False,
+    previews: bool = True,
+) -> None:
+    """Run every pending unit in this process and write its rows.
+
+    Args:
+        groups: what is to be run.
+        store: where rows go.
+        observer: is told how it goes on.
+        save_maps: keep the maps as well.
+        previews: keep the maps of the first images, for the figure of heat maps.
+    """
     for group in groups:
         group.load_done(store)
     counts = [sum(len(group.pending(shard)) for shard in group.shards) for group in groups]
@@ -81,14 +95,14 @@ def run_local(groups: Sequence[Group], store: RunStore, observer: Observer, save
     observer.begin(total, total - sum(counts))
     try:
         for group in groups:
-            observer.group(group.model.name, group.dataset)
+            observer.group(group.model.name, ", ".join(filter(None, (group.dataset, group.said))))
             for shard in group.shards:
                 pending = group.pending(shard)
                 started = time.perf_counter()
                 for result in run_shard(group, shard, pending) if pending else ():
                     if save_maps and result.maps is not None:
                         store.write_maps(result.cell.key, result.shard, result.ids, result.maps.maps)
-                    if shard.first and result.maps is not None:
+                    if previews and shard.first and result.maps is not None:
                         store.write_preview(
                             result.cell.key, result.ids[:PREVIEWED], result.maps.maps[:PREVIEWED]
                         )

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
+from faithmap import multiverse
 from faithmap.config import Config
 from faithmap.data import check_labels
+from faithmap.map_library import MapLibrary
 from faithmap.plan import Grid, make_grid
 from faithmap.report._format import count
 from faithmap.runner import apply_settings, make_groups, resolve_settings
@@ -38,21 +42,34 @@ def estimate(config: Config) -> Estimate:
     settings = resolve_settings(grid, None)
     apply_settings(grid, settings)
     total = Estimate(_fits(grid), 0, 0.0, 0.0)
-    for group in make_groups(grid, settings):
-        images = sum(len(shard.samples) for shard in group.shards)
-        units = len(group.tasks) * len(group.shards)
-        forwards, seconds = _measure(group)
-        line = (
-            f"{group.model.name} x {group.dataset}: {images} images, {len(group.tasks)} cells, "
-            f"{units} units, {forwards:,.0f} forwards and {1000 * seconds:,.0f} ms an image"
-        )
-        total = Estimate(
-            [*total.lines, line],
-            total.units + units,
-            total.forwards + images * forwards,
-            total.seconds + images * seconds,
-        )
+    with TemporaryDirectory() as folder:
+        library = MapLibrary(Path(folder)) if config.variants else None
+        for group in make_groups(grid, settings, library):
+            total = _added(total, group)
+        if library is not None:
+            multiverse.check(grid)
+            for universe, groups in multiverse.planned(grid, settings, library):
+                at_most = "at most " if universe.target == "label" else ""
+                for group in groups:
+                    total = _added(total, group, at_most) if group.shards else total
     return total
+
+
+def _added(total: Estimate, group: Group, at_most: str = "") -> Estimate:
+    images = sum(len(shard.samples) for shard in group.shards)
+    units = len(group.tasks) * len(group.shards)
+    forwards, seconds = _measure(group)
+    said = f" ({group.said})" if group.said else ""
+    line = (
+        f"{group.model.name} x {group.dataset}{said}: {at_most}{images} images, {len(group.tasks)} cells, "
+        f"{units} units, {forwards:,.0f} forwards and {1000 * seconds:,.0f} ms an image"
+    )
+    return Estimate(
+        [*total.lines, line],
+        total.units + units,
+        total.forwards + images * forwards,
+        total.seconds + images * seconds,
+    )
 
 
 def _fits(grid: Grid) -> list[str]:

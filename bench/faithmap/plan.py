@@ -93,6 +93,8 @@ class Task:
     metrics: tuple[MetricUse, ...]
     #: Why the explainer is not defined here; empty where it is.
     skip: str
+    #: What the maps depend on beside images and targets: cells that differ in scoring alone share them.
+    maps_key: str = ""
 
     def heading(self, seed: int) -> Heading:
         """What all rows of the cell have in common."""
@@ -274,6 +276,12 @@ def _task(
         model.digest(), dataset.key, run.target, use.plugin.name, use.plugin.facts.version, keyed,
         use.plugin.file_sha256(), run.seed, run.precision, run.map_grid, shape, *content, length=20,
     )  # fmt: skip
+    # Controls and nulls are drawn on the grid of the run; a method knows nothing of it.
+    drawn_on = [] if use.plugin.facts.role == "method" else [shape]
+    maps_key = digest(
+        model.digest(), dataset.key, use.plugin.name, use.plugin.facts.version, keyed,
+        use.plugin.file_sha256(), run.seed, run.precision, *drawn_on, *content, length=20,
+    )  # fmt: skip
     cell = Cell(
         model=model.name,
         dataset=dataset.label,
@@ -286,7 +294,7 @@ def _task(
         null=null,
         draw=extra.get("draw"),
     )
-    return Task(cell, use.plugin, bind(use.plugin, call_params, use.files, fit), metrics, skip)
+    return Task(cell, use.plugin, bind(use.plugin, call_params, use.files, fit), metrics, skip, maps_key)
 
 
 def identity(grid: Grid) -> dict[str, Any]:

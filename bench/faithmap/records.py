@@ -23,6 +23,8 @@ Direction = Literal["higher", "lower", "none"]
 
 #: The null that calibrates every score and stands in for maps that failed.
 REFERENCE_NULL = "random-grid"
+#: The folder of a run's variants within the run's.
+VARIANTS = "variants"
 #: The score that ranks a board.
 PRIMARY_SCORE = "auc_d"
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from faithmap import reliability
+from faithmap import multiverse, reliability
 from faithmap import store as storage
 from faithmap.comparing import chosen_figures
 from faithmap.config import Config, load_config
@@ -19,13 +20,14 @@ from faithmap.data import check_labels, shards
 from faithmap.engine import Observer, Silent, check_engine, run_local
 from faithmap.errors import RequestError
 from faithmap.folders import IMAGES, read_run
+from faithmap.map_library import MapLibrary
 from faithmap.models import Model
 from faithmap.perturb import chunk_size
 from faithmap.plan import Grid, default_folder, identity, make_grid, plan_tasks
 from faithmap.pool import Pool
 from faithmap.previews import draw_previews
 from faithmap.provenance import manifest
-from faithmap.records import digest
+from faithmap.records import VARIANTS, digest
 from faithmap.store import RunStore
 from faithmap.training import train
 from faithmap.units import Group
@@ -97,6 +99,7 @@ def run(
     check_engine(engine)
     grid = make_grid(load_config(config), models)
     chosen_figures(grid.config.published)  # raises where there is no such table
+    multiverse.check(grid)
     for model in grid.models:
         for dataset, samples in grid.datasets:
             check_labels(dataset, samples, model)
@@ -132,17 +135,23 @@ def _run_locked(
     grid: Grid, store: RunStore, observer: Observer, fresh: bool, figures: bool, save_maps: bool
 ) -> Run:
     from faithmap.leaderboard import write_boards
+    from faithmap.report.variants import write_variants
 
     store.clean()
     if fresh:
         store.clear()
+        shutil.rmtree(store.path / VARIANTS, ignore_errors=True)
     held = store.manifest()
     grid_identity = identity(grid)
     if held is not None:
         refuse_other_identity(held["identity"], grid_identity, store.path)
     settings = resolve_settings(grid, held)
     apply_settings(grid, settings)
-    groups = make_groups(grid, settings)
+    variants, library = RunStore(store.path / VARIANTS), None
+    if grid.config.variants:
+        variants.create()
+        library = MapLibrary(variants.path / "maps")
+    groups = make_groups(grid, settings, library)
     cells = [task.cell.key for group in groups for task in group.tasks] + [group.read_key for group in groups]
     if held is not None:
         merged = {**held["identity"]["weights"], **grid_identity["weights"]}
@@ -159,6 +168,10 @@ def _run_locked(
     store.write_manifest(content)
     drawn = draw_previews(groups, store) if figures else []
     written = write_boards(*read_run(store.path), store.path, figures=figures)
+    if library is not None:
+        multiverse.run_variants(grid, settings, variants, library, observer)
+        library.drop()
+        written += write_variants(store.path, figures=figures)
     return Run(store.path, content, (*written, *drawn))
 
 
@@ -260,8 +273,8 @@ def apply_settings(grid: Grid, settings: Mapping[str, Any]) -> None:
         model.precision = settings["precision"]
 
 
-def make_groups(grid: Grid, settings: Mapping[str, Any]) -> list[Group]:
-    """One group for each model and dataset, with its tasks and shards."""
+def make_groups(grid: Grid, settings: Mapping[str, Any], library: MapLibrary | None = None) -> list[Group]:
+    """One group for each model and dataset, with its tasks and shards; maps go into the library, if any."""
     groups = []
     for model in grid.models:
         for dataset, samples in grid.datasets:
@@ -275,6 +288,7 @@ def make_groups(grid: Grid, settings: Mapping[str, Any]) -> list[Group]:
                     read_key=read_key,
                     dataset=dataset.label,
                     pool=Pool(dataset.samples, model),
+                    library=library,
                 )
             )
     return groups

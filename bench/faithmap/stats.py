@@ -8,7 +8,7 @@ Nothing here knows of rows, boards or files. Where every input is a multiple of 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import chain, product
 from string import ascii_lowercase
 from typing import NamedTuple
@@ -295,7 +295,7 @@ def rank_intervals(
     first, second = np.triu_indices(count, 1)
     better = np.zeros((count, count), np.bool_)
     if n and first.size:
-        signs = _decided_pairs(oriented[first] - oriented[second], level, resamples, seed)
+        signs = decided_signs(oriented[first] - oriented[second], level, resamples, seed)
         better[first, second] = signs > 0
         better[second, first] = signs < 0
     total = oriented.sum(axis=-1)
@@ -328,23 +328,48 @@ def paired_differences(
     return Differences(first, second, total / n, total / n - half, total / n + half, sign)
 
 
-def _decided_pairs(differences: FloatArray, level: float, resamples: int, seed: int) -> IntArray:
-    """Sign (P,) of each pair's mean difference (P, n) where it is significant, else 0."""
+def decided_signs(differences: FloatArray, level: float, resamples: int, seed: int) -> IntArray:
+    """Sign (P,) of each pair's mean difference (P, n) where it is significant, else 0; one family."""
     return _signs(differences, *_simultaneous(differences, level, resamples, seed))
+
+
+def family_signs(families: Sequence[FloatArray], level: float, resamples: int, seed: int) -> list[IntArray]:
+    """Signs of families of differences (P, n) of the same images, all of them decided as one family.
+
+    The resamples are common to all, so that the largest |t*| of a resample is that of every family;
+    testable is what would survive Bonferroni's correction for all pairs there are.
+    """
+    pairs = sum(len(family) for family in families)
+    testable = [_testable(family, level, pairs) for family in families]
+    largest = np.zeros(resamples)
+    for family, kept in zip(families, testable, strict=True):
+        np.maximum(largest, _largest(family[kept], resamples, seed), out=largest)
+    critical = float(np.quantile(largest, level, method="higher"))
+    return [_signs(family, kept, critical) for family, kept in zip(families, testable, strict=True)]
 
 
 def _simultaneous(
     differences: FloatArray, level: float, resamples: int, seed: int
 ) -> tuple[BoolArray, float]:
     """Which pairs (P, n) belong to the family, and the |t| that its largest exceeds by chance."""
-    pairs, n = differences.shape
-    differing = (differences != 0).sum(axis=-1)
-    testable = np.exp2(1.0 - differing) <= (1 - level) / pairs
-    moving = testable & (_variance(differences.sum(axis=-1), (differences**2).sum(axis=-1), n) > 0)
-    if not moving.any():
-        return testable, 0.0
-    largest = np.concatenate(list(_largest_t(differences[moving], resamples, seed)))
+    testable = _testable(differences, level, len(differences))
+    largest = _largest(differences[testable], resamples, seed)
     return testable, float(np.quantile(largest, level, method="higher"))
+
+
+def _testable(differences: FloatArray, level: float, pairs: int) -> BoolArray:
+    """Pairs (P,) that differ on enough images to be found at all in a family of so many."""
+    differing = (differences != 0).sum(axis=-1)
+    return np.asarray(np.exp2(1.0 - differing) <= (1 - level) / pairs)
+
+
+def _largest(differences: FloatArray, resamples: int, seed: int) -> FloatArray:
+    """The largest |t*| (resamples,) of pairs (P, n); zeros where none of them varies."""
+    n = differences.shape[-1]
+    moving = _variance(differences.sum(axis=-1), (differences**2).sum(axis=-1), n) > 0
+    if not moving.any():
+        return np.zeros(resamples)
+    return np.concatenate(list(_largest_t(differences[moving], resamples, seed)))
 
 
 def _signs(differences: FloatArray, testable: BoolArray, critical: float) -> IntArray:

@@ -11,6 +11,7 @@ from faithmap.batch import Batch, seed_of
 from faithmap.config import Config
 from faithmap.data import Shard, make_batch, read_shard
 from faithmap.explaining import MapSet, explain_batch
+from faithmap.map_library import MapLibrary
 from faithmap.models import Model
 from faithmap.plan import Task, map_grid
 from faithmap.pool import Pool
@@ -37,6 +38,16 @@ class Group:
     pool: Pool
     done: dict[str, Done] = field(default_factory=dict)
     unreadable: set[str] = field(default_factory=set)
+    #: What tells the group from another one of its model and dataset; mostly nothing.
+    said: str = ""
+    #: Where maps are kept that other groups of the request score as well; None keeps none.
+    library: MapLibrary | None = None
+
+    def explain(self, task: Task, batch: Batch) -> MapSet:
+        """The maps of a batch, from the library where it has them."""
+        if self.library is None:
+            return explain_batch(task.call, self.model, batch)
+        return self.library.get(task.maps_key, batch, lambda: explain_batch(task.call, self.model, batch))
 
     def load_done(self, store: RunStore) -> None:
         """Read from the rows what need not be computed again."""
@@ -103,7 +114,7 @@ def run_shard(group: Group, shard: Shard, pending: Sequence[Task]) -> Iterator[U
             source = f"{task.cell.label}:None"
         if source not in maps:
             maps.clear()  # tasks come explainer by explainer: no earlier map is asked for again
-            maps[source] = explain_batch(task.call, group.model, own)
+            maps[source] = group.explain(task, own)
         found = maps[source] if task.cell.null is None else moved(maps[source], task.cell, batch)
         rows = [
             row

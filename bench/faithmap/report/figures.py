@@ -53,12 +53,12 @@ def cell_figures(
     here = records(board[(board["model"] == model) & (board["dataset"] == dataset)])
     lines = sorted(here, key=by_rank)
     where, stem = f"{model} on {dataset}", file_stem(model, dataset)
-    drawn: dict[str, Callable[[], bytes]] = {}
+    made: dict[str, Callable[[], bytes]] = {}
     if curves.lines:
-        drawn[f"curves-{stem}.png"] = partial(curves_figure, lines, curves, where)
+        made[f"curves-{stem}.png"] = partial(curves_figure, lines, curves, where)
     if any(known(line["auc_d"]) and known(line["ms_per_image"]) for line in lines):
-        drawn[f"cost-{stem}.png"] = partial(cost_figure, lines, where)
-    return drawn
+        made[f"cost-{stem}.png"] = partial(cost_figure, lines, where)
+    return made
 
 
 def curves_figure(lines: Sequence[Line], curves: Curves, where: str) -> bytes:
@@ -69,16 +69,17 @@ def curves_figure(lines: Sequence[Line], curves: Curves, where: str) -> bytes:
         for line in lines
         if any(np.isfinite(curve).any() for curve in curves.lines.get(line["explainer"], {}).values())
     ]
-    return _drawn(partial(_draw_curves, shown, curves, where), height=max(4.2, 1.6 + 0.18 * len(shown)))
+    return drawn(partial(_draw_curves, shown, curves, where), height=max(4.2, 1.6 + 0.18 * len(shown)))
 
 
 def cost_figure(lines: Sequence[Line], where: str) -> bytes:
     """AUC-D with its interval against the time of one explanation, as a PNG."""
     shown = [line for line in lines if known(line["auc_d"]) and known(line["ms_per_image"])]
-    return _drawn(partial(_draw_cost, shown, where), height=4.8)
+    return drawn(partial(_draw_cost, shown, where), height=4.8)
 
 
-def _drawn(draw: Callable[[Figure], None], height: float) -> bytes:
+def drawn(draw: Callable[[Figure], None], height: float) -> bytes:
+    """A figure of a board as a PNG, of so many inches in height."""
     import matplotlib
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
