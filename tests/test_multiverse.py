@@ -14,13 +14,13 @@ from conftest import make_cnn
 from rich.console import Console
 
 import faithmap
-from faithmap import boards, multiverse, registry, units
+from faithmap import boards, registry, units
 from faithmap.batch import Batch
 from faithmap.config import VariantSettings, load_config
 from faithmap.errors import RequestError
 from faithmap.explaining import MapSet, explain_batch
 from faithmap.models import Model
-from faithmap.orders import READINGS, Orders, read_orders
+from faithmap.orders import READINGS, Orders, at_span, read_orders
 from faithmap.records import Sample
 from faithmap.store import RunStore
 
@@ -204,9 +204,9 @@ def test_areas_up_to_a_share_are_those_of_a_loop() -> None:
         rows.append((image, "ties", 5.0, None))
     table = pd.DataFrame(rows, columns=["image_id", "metric", "value", "curve"])
     table = table.assign(model="m", dataset="d", explainer="e", params="{}", spec="s")
-    found = multiverse.at_span(table, 0.9)
+    found = at_span(table, 0.9)
     assert list(found.columns) == list(table.columns) and len(found) == len(table)
-    assert np.allclose(multiverse.at_span(table, 1.0)["value"], table["value"])
+    assert np.allclose(at_span(table, 1.0)["value"], table["value"])
     for line in found.itertuples():
         kind, _, reading = line.metric.partition("@")
         areas = {}

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from faithmap.config import MapGrid, Target, VariantSettings
 from faithmap.data import Shard, shards
@@ -22,6 +22,7 @@ from faithmap.engine import Observer, run_local
 from faithmap.errors import RequestError
 from faithmap.map_library import MapLibrary
 from faithmap.models import Model
+from faithmap.orders import DEFAULT_TARGET, STEPS
 from faithmap.perturb import FILL_NAMES
 from faithmap.plan import Grid, identity, map_grid
 from faithmap.provenance import manifest
@@ -30,13 +31,7 @@ from faithmap.scoring import use_metric
 from faithmap.store import RunStore
 from faithmap.units import Group
 
-if TYPE_CHECKING:
-    import pandas as pd
-
 METRIC = "perturbation"
-#: Every curve reaches the share 1, of which the shorter span is a part.
-STEPS = 10
-DEFAULT_TARGET = "predicted"
 
 
 @dataclass(frozen=True)
@@ -209,51 +204,3 @@ def _described(universe: Universe, groups: Sequence[Group]) -> dict[str, Any]:
         "models": list(dict.fromkeys(group.model.name for group in groups)),
         "cells": [key for group in groups for key in (*(t.cell.key for t in group.tasks), group.read_key)],
     }
-
-
-def universe_rows(
-    store: RunStore, entry: Mapping[str, Any], entries: Sequence[Mapping[str, Any]]
-) -> pd.DataFrame:
-    """The rows of a universe, those included that it has in common with the predicted class.
-
-    Args:
-        store: the folder of the variants.
-        entry: the universe in the manifest.
-        entries: all of them.
-    """
-    import pandas as pd
-
-    rows = store.rows(entry["cells"])
-    if entry["target"] != "label":
-        return rows
-    for other in entries:
-        if (other["target"], other["map_grid"]) == (DEFAULT_TARGET, entry["map_grid"]):
-            shared = store.rows(other["cells"])
-            right = (shared["predicted"] == shared["label"]).fillna(False).to_numpy(bool)
-            rows = pd.concat([rows, shared[right]], ignore_index=True)
-    return rows
-
-
-def at_span(rows: pd.DataFrame, span: float) -> pd.DataFrame:
-    """Rows of curves that reach the share 1 with their areas up to a smaller one.
-
-    `auc_d` rows have no curve: theirs is the difference of the two that have.
-    """
-    import numpy as np
-
-    points = round(span * STEPS) + 1
-    area = rows["curve"].map(
-        lambda curve: 100 * float(np.trapezoid(curve[:points], dx=1 / STEPS)) if curve is not None else np.nan
-    )
-    table = rows.assign(value=area.where(rows["curve"].notna(), rows["value"]))
-    kind, _, reading = zip(*(name.partition("@") for name in table["metric"]), strict=True)
-    table = table.assign(_kind=kind, _reading=reading)
-    key = ["model", "dataset", "explainer", "params", "spec", "image_id", "_reading"]
-    wide = table[table["_kind"].isin(["pos_auc", "neg_auc"])].set_index(key)
-    pairs = {name: wide.loc[wide["_kind"] == name, "value"] for name in ("pos_auc", "neg_auc")}
-    apart = (pairs["neg_auc"] - pairs["pos_auc"]).rename("_apart").reset_index()
-    joined = table.merge(apart, on=key, how="left", validate="many_to_one")
-    differs = (joined["_kind"] == "auc_d") & joined["value"].notna()
-    joined["value"] = joined["value"].where(~differs, joined["_apart"])
-    kept: pd.DataFrame = joined.drop(columns=["_kind", "_reading", "_apart"])
-    return kept

@@ -27,7 +27,6 @@ from faithmap import stats
 from faithmap.columns import variant_title
 from faithmap.evidence import Evidence, FloatArray, read_evidence
 from faithmap.folders import read_images
-from faithmap.multiverse import at_span, universe_rows
 from faithmap.records import PRIMARY_SCORE, REFERENCE_NULL, VARIANTS
 from faithmap.standing import FAILED_LIMIT
 from faithmap.store import RunStore
@@ -35,6 +34,10 @@ from faithmap.store import RunStore
 #: The axes of a variant, in the order in which variants are listed.
 AXES = ("target", "map_grid", "fill", "span", "reading")
 SPANS = (0.9, 1.0)
+#: Every curve reaches the share 1, of which the shorter span is a part.
+STEPS = 10
+#: The class explained that other universes share rows with.
+DEFAULT_TARGET = "predicted"
 #: How a curve is read: name -> suffix of the score.
 READINGS = {"agreement": "", "label": "@label", "probability": "@probability"}
 #: Each of two variants is decided at this level, so that both are right at 95%.
@@ -334,3 +337,47 @@ def variants_frame(orders: Sequence[Orders]) -> pd.DataFrame:
                     }
                 )  # fmt: skip
     return pd.DataFrame(lines)
+
+
+def universe_rows(
+    store: RunStore, entry: Mapping[str, Any], entries: Sequence[Mapping[str, Any]]
+) -> pd.DataFrame:
+    """The rows of a universe, those included that it has in common with the predicted class.
+
+    Args:
+        store: the folder of the variants.
+        entry: the universe in the manifest.
+        entries: all of them.
+    """
+    rows = store.rows(entry["cells"])
+    if entry["target"] != "label":
+        return rows
+    for other in entries:
+        if (other["target"], other["map_grid"]) == (DEFAULT_TARGET, entry["map_grid"]):
+            shared = store.rows(other["cells"])
+            right = (shared["predicted"] == shared["label"]).fillna(False).to_numpy(bool)
+            rows = pd.concat([rows, shared[right]], ignore_index=True)
+    return rows
+
+
+def at_span(rows: pd.DataFrame, span: float) -> pd.DataFrame:
+    """Rows of curves that reach the share 1 with their areas up to a smaller one.
+
+    `auc_d` rows have no curve: theirs is the difference of the two that have.
+    """
+    points = round(span * STEPS) + 1
+    area = rows["curve"].map(
+        lambda curve: 100 * float(np.trapezoid(curve[:points], dx=1 / STEPS)) if curve is not None else np.nan
+    )
+    table = rows.assign(value=area.where(rows["curve"].notna(), rows["value"]))
+    kind, _, reading = zip(*(name.partition("@") for name in table["metric"]), strict=True)
+    table = table.assign(_kind=kind, _reading=reading)
+    key = ["model", "dataset", "explainer", "params", "spec", "image_id", "_reading"]
+    wide = table[table["_kind"].isin(["pos_auc", "neg_auc"])].set_index(key)
+    pairs = {name: wide.loc[wide["_kind"] == name, "value"] for name in ("pos_auc", "neg_auc")}
+    apart = (pairs["neg_auc"] - pairs["pos_auc"]).rename("_apart").reset_index()
+    joined = table.merge(apart, on=key, how="left", validate="many_to_one")
+    differs = (joined["_kind"] == "auc_d") & joined["value"].notna()
+    joined["value"] = joined["value"].where(~differs, joined["_apart"])
+    kept: pd.DataFrame = joined.drop(columns=["_kind", "_reading", "_apart"])
+    return kept
