@@ -121,6 +121,15 @@ class TestValues:
         (section,) = self.made(model="timm/resnetv2_50")
         assert incomparable(section) == ["the images are of shapes, there of ImageNet"]
 
+    def test_a_fine_tuned_model_is_known_by_what_was_tuned(self) -> None:
+        tuned = {"tuned": {"record": {"model": {"name": "timm/resnetv2_50"}}}}
+        (section,) = self.made(
+            model="tuned/mine", dataset="imagenet", manifest={"models": {"tuned/mine": tuned}}
+        )
+        assert incomparable(section) == []
+        (section,) = self.made(model="tuned/mine", dataset="imagenet")
+        assert incomparable(section) == ["the model is tuned/mine, there ResNet50V2"]
+
     def test_a_terminal_shows_printed_measured_and_difference(self) -> None:
         console = Console(file=io.StringIO(), width=120)
         (drawn,) = figures_tables(self.made())

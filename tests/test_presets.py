@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 
 import pytest
@@ -9,15 +10,21 @@ import timm
 import torchvision
 
 from faithmap.comparing import chosen_figures
-from faithmap.config import PATH_KEYS, Config, load_config, preset_names
+from faithmap.config import PATH_KEYS, Config, load_config, parse_spec, preset_names, preset_text
+from faithmap.dino import CLASSIFIERS
 from faithmap.listing import entries
 from faithmap.publications import publications
 from faithmap.registry import get
 from faithmap.requested_fits import SETTINGS
 from faithmap.training import fit_options
+from faithmap.tuning_options import finetune_options
 
-PAPERS = [name for name in preset_names() if load_config(name).published and "imagenet" in {
-    spec.name for spec in load_config(name).datasets}]  # fmt: skip
+PAPERS = [
+    name
+    for name in preset_names()
+    if load_config(name).published
+    and {"imagenet", "cub-200-2011", "food-101"} & {spec.name for spec in load_config(name).datasets}
+]
 
 
 @pytest.fixture(params=preset_names())
@@ -54,15 +61,60 @@ def test_the_guide_names_every_preset_of_a_paper() -> None:
         assert name == "quickstart" or inner or f"`{name}`" in guide, name
 
 
-def test_models_exist(preset: Config) -> None:
+def command(preset: Config) -> dict[str, str]:
+    """The options of the command in a preset's comments that makes its models; none where it needs none."""
+    text = preset_text(preset.name)
+    start = text.find("faithmap finetune")
+    if start < 0:
+        return {}
+    lines = text[start : text.index("\n#\n", start)].replace("\n#", "\n").replace("\\\n", " ")
+    words = shlex.split(lines)[2:]
+    return dict(zip(words[::2], words[1::2], strict=True))
+
+
+def architectures(preset: Config) -> list[str]:
+    """The names of a preset's models; of a fine-tuned one the name of what is tuned."""
+    found, options = [], command(preset)
     for spec in preset.models:
         source, _, name = spec.name.partition("/")
+        if source == "tuned":
+            before, _, behind = options["--name"].partition("MODEL")
+            assert name.startswith(before) and name.endswith(behind)
+            stem = name[len(before) : len(name) - len(behind)] if "MODEL" in options["--name"] else ""
+            found.append(parse_spec(options["--model"].replace("MODEL", stem)).name)
+        else:
+            found.append(spec.name)
+    return found
+
+
+def test_models_exist(preset: Config) -> None:
+    for name in architectures(preset):
+        source, _, name = name.partition("/")
         if source == "timm":
             assert timm.is_model(name)
         elif source == "torchvision":
             assert name in torchvision.models.list_models()
+        elif source == "dino":
+            assert name in CLASSIFIERS
         else:
             assert source == "shapes"
+
+
+def test_what_a_preset_tunes_is_what_it_runs_on(preset: Config) -> None:
+    """The command in its comments learns from the preset's data set and keeps the images of the run apart."""
+    options = command(preset)
+    if not options:
+        assert not any(spec.name.startswith("tuned/") for spec in preset.models)
+        return
+    learnt, tested = parse_spec(options["--dataset"]), parse_spec(options["--test-dataset"])
+    (used,) = preset.datasets
+    assert learnt.name == tested.name == used.name
+    assert tested.params == used.params and learnt.params == {**used.params, "split": "train"}
+    for fit in preset.fits:
+        assert fit.params["dataset"] == {"name": learnt.name, **learnt.params}
+    named = {"--model", "--dataset", "--test-dataset", "--train", "--epochs", "--name"}
+    assert set(options) == named
+    finetune_options({"train": options["--train"], "epochs": int(options["--epochs"])})
 
 
 def test_no_path_of_a_machine(preset: Config) -> None:
@@ -80,7 +132,8 @@ def test_a_papers_preset_asks_for_all_that_its_table_holds(name: str) -> None:
     for source, figures in chosen_figures(config.published):
         if figures.images.registry not in {spec.name for spec in config.datasets}:
             continue  # the same table on other images, which a preset may leave to another
-        assert any(figures.model.is_architecture_of(spec.name) for spec in config.models), figures.model
+        if figures.model.same_as:
+            assert any(figures.model.is_architecture_of(name) for name in architectures(config)), figures
         for column, printed in figures.columns.items():
             for method in printed:
                 known = source.methods[method]

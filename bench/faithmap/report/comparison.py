@@ -13,6 +13,8 @@ from faithmap.report._provenance import plain
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from faithmap.evidence import Evidence
+
 _SIGNS: dict[Verdict, str] = {
     "agree": "\N{CHECK MARK}",
     "disagree": "\N{BALLOT X}",
@@ -126,7 +128,7 @@ def incomparable(section: Section) -> list[str]:
     """Why the values of a section cannot be compared, however alike the scores; none where they may be."""
     figures, cell = section.figures, section.cell
     reasons = []
-    if not figures.model.is_architecture_of(cell.model):
+    if not figures.model.is_architecture_of(_architecture(cell)):
         reasons.append(f"the model is {cell.model}, there {figures.model.name}")
     if not figures.images.holds(*names_of_images(cell)):
         reasons.append(f"the images are of {cell.dataset}, there of {figures.images.name}")
@@ -170,11 +172,17 @@ def differences(section: Section) -> list[list[str]]:
     ]
 
 
+def _architecture(cell: Evidence) -> str:
+    """The name that a model's architecture goes by: of a fine-tuned model the name of what was tuned."""
+    tuned = cell.manifest.get("models", {}).get(cell.model, {}).get("tuned", {})
+    return str(tuned.get("record", {}).get("model", {}).get("name", cell.model))
+
+
 def _model(section: Section, model: Mapping[str, Any]) -> str:
     facts = [f"{model['parameters'] / 1e6:.1f} M parameters"] if model.get("parameters") else []
     facts += [f"layer {code(model['target_layer'])}"] if model.get("target_layer") else []
     facts += [f"weights {code(model['digest'])}"] if model.get("digest") else []
-    if section.figures.model.is_architecture_of(section.cell.model):
+    if section.figures.model.is_architecture_of(_architecture(section.cell)):
         facts.append("the same architecture, perhaps with other weights")
     return ", ".join([code(section.cell.model), *facts])
 
