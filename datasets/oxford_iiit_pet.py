@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from faithmap import dataset
 from faithmap.errors import DataError, RequestError
+from faithmap.imagenet_classes import imagenet_classes
 from faithmap.on_disk import Entry, Home, lines, one_of, sample_list, text_of, whole
 from faithmap.pictures import Box, Picture
 from faithmap.records import Sample
@@ -28,7 +29,18 @@ HOME = Home(
     "to have it done (0.8 GB)",
 )
 SPLITS = ("test", "trainval")
-LABELS = ("breed", "species")
+LABELS = ("breed", "species", "imagenet")
+#: Breeds that are a class of ImageNet, with its WordNet id. ImageNet's "Egyptian cat" is no Egyptian Mau.
+WNIDS = {
+    "American Pit Bull Terrier": "n02093428", "Basset Hound": "n02088238", "Beagle": "n02088364",
+    "Boxer": "n02108089", "Chihuahua": "n02085620", "English Cocker Spaniel": "n02102318",
+    "English Setter": "n02100735", "German Shorthaired": "n02100236", "Great Pyrenees": "n02111500",
+    "Japanese Chin": "n02085782", "Keeshond": "n02112350", "Leonberger": "n02111129",
+    "Miniature Pinscher": "n02107312", "Newfoundland": "n02111277", "Persian": "n02123394",
+    "Pomeranian": "n02112018", "Pug": "n02110958", "Saint Bernard": "n02109525", "Samoyed": "n02111889",
+    "Scottish Terrier": "n02097298", "Siamese": "n02123597", "Staffordshire Bull Terrier": "n02093256",
+    "Wheaten Terrier": "n02098105", "Yorkshire Terrier": "n02094433",
+}  # fmt: skip
 TRUTHS = ("mask", "head")
 SPECIES = ("Cat", "Dog")
 #: Values of the trimaps.
@@ -70,7 +82,8 @@ def oxford_iiit_pet(
     Args:
         root: the folder that holds `oxford-iiit-pet/`, or `oxford-iiit-pet/` itself.
         split: "test" (3,669 images) or "trainval" (3,680), as the lists in `annotations/` have it.
-        labels: "breed", 0 to 36, or "species".
+        labels: "breed", 0 to 36; "species"; or "imagenet", for models of ImageNet's 1000 classes: the 24
+            breeds that are among these, under their labels, and no other images.
         truth: "mask" gives the trimaps as masks; "head" gives the heads' boxes and no masks.
         border: count the outline as pet. So does the common two-class reading of the dataset, such
             as that of the library segmentation_models.pytorch; false leaves it to the background.
@@ -86,6 +99,8 @@ def oxford_iiit_pet(
         HOME.fetch(root, _download)
     base = HOME.find(root)
     entries, breeds = _listed(base, split, labels)
+    if labels == "imagenet":
+        entries, breeds = _among_imagenets(entries), imagenet_classes().names
     if truth == "head":
         entries = [_with_head(entry, base / "annotations" / "xmls") for entry in entries]
         if not any(entry.picture.boxes for entry in entries):
@@ -98,6 +113,17 @@ def oxford_iiit_pet(
         folder = base / "annotations" / "trimaps"
         entries = [_with_mask(entry, folder, on_pet) for entry in entries]
     return sample_list(base, entries, SPECIES if labels == "species" else breeds)
+
+
+def _among_imagenets(entries: Sequence[Entry]) -> list[Entry]:
+    """The images of breeds that are classes of ImageNet, with these for labels."""
+    labels = {name: imagenet_classes().label(wnid, NAME) for name, wnid in WNIDS.items()}
+    kept = [replace(entry, label=labels[entry.name]) for entry in entries if entry.name in labels]
+    if not kept:
+        raise RequestError(
+            f"dataset '{NAME}': none of the images is of a breed that ImageNet has for a class"
+        )
+    return kept
 
 
 def _download(root: Path) -> None:

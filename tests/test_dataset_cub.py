@@ -346,5 +346,7 @@ class TestDownload:
         monkeypatch.setenv("HF_HUB_OFFLINE", "1")
         with pytest.raises(RequestError, match="the network may not be asked"):
             listed(NAME, root=tmp_path / "new", download=True)
-        with pytest.raises(RequestError, match="needs root"):
+        with pytest.raises(RequestError, match="the network may not be asked"):
             listed(NAME, download=True)
+        with pytest.raises(RequestError, match="needs root"):
+            listed(NAME)

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from conftest import inside as inside_plugin
 from copies import (
     SIZE,
     assert_exact_after_the_transform,
@@ -98,6 +99,35 @@ def test_labels_and_names(root: Path) -> None:
     assert samples.class_names == ("Abyssinian", "American Bulldog", "", "", "", "Bengal")
     species = listed(NAME, root=root, labels="species")
     assert [(sample.label, sample.name) for sample in species] == [(0, "Cat"), (1, "Dog"), (0, "Cat")]
+
+
+def test_breeds_that_imagenet_knows(root: Path) -> None:
+    with pytest.raises(RequestError, match="none of the images is of a breed that ImageNet has"):
+        listed(NAME, root=root, labels="imagenet")
+    base = root / "oxford-iiit-pet"
+    (base / "annotations" / "test.txt").write_text("\n".join((*TEST, "Siamese_7 34 1 12", "pug_3 27 2 18")))
+    for name in ("Siamese_7", "pug_3"):
+        paint(base / "images" / f"{name}.jpg", BOX)
+        save_grey(base / "annotations" / "trimaps" / f"{name}.png", np.where(grown(0), 1, 2))
+    samples = listed(NAME, root=root, labels="imagenet")
+    assert [(sample.id, sample.label, sample.name) for sample in samples] == [
+        ("Siamese_7.jpg", 284, "Siamese"), ("pug_3.jpg", 254, "Pug"),
+    ]  # fmt: skip
+    assert samples.class_names is not None and samples.class_names[254].startswith("pug")
+    assert_exact_after_the_transform(samples[0])
+
+
+def test_every_breed_is_the_class_of_that_name() -> None:
+    from faithmap.imagenet_classes import imagenet_classes
+
+    classes, wnids = imagenet_classes(), inside_plugin(NAME, "dataset").WNIDS
+    assert len(wnids) == len(set(wnids.values())) == 24
+    for breed, wnid in wnids.items():
+        words = classes.names[classes.labels[wnid]].lower().replace("-", "")
+        first = {"Japanese Chin": "japanese", "Wheaten Terrier": "wheaten"}.get(
+            breed, breed.split()[0].lower()
+        )
+        assert first.removesuffix("er") in words, (breed, words)
 
 
 def test_the_border_belongs_to_the_pet_unless_it_is_left_out(root: Path) -> None:

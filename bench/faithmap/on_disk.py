@@ -32,12 +32,14 @@ class Home:
     def find(self, root: str | Path | None) -> Path:
         """The dataset's folder: `root` itself, or the folder of that name in it.
 
+        Without a root it is looked for where `fetch` puts what it downloads.
+
         Raises:
             RequestError: it is not there; the sentence says where to get it and where to put it.
         """
-        if root is None:
+        base = Path(root).expanduser() if root is not None else kept()
+        if root is None and not (base / self.folder).is_dir():
             raise RequestError(f"dataset '{self.name}' needs root; {self.advice}")
-        base = Path(root).expanduser()
         if not base.is_dir():
             raise RequestError(f"dataset '{self.name}': no such folder: {base}; {self.advice}")
         for place in (base / self.folder, base):
@@ -64,17 +66,15 @@ class Home:
         """Download it below `root`, unless it lies there already.
 
         Args:
-            root: the folder to download to.
+            root: the folder to download to; by default `data` in the user's folder of faithmap.
             download: does so.
             complete: whether the dataset's folder holds, or has beside it, what else is wanted.
 
         Raises:
-            RequestError: there is no root to put it, the network may not be asked, or the download
-                fails, as it does where a checksum is wrong.
+            RequestError: the network may not be asked, or the download fails, as it does where a checksum
+                is wrong.
         """
-        if root is None:
-            raise RequestError(f"dataset '{self.name}' needs root, the folder to download to")
-        base = Path(root).expanduser()
+        base = Path(root).expanduser() if root is not None else kept()
         if self.is_in(base) and complete(self.find(base)):
             return
         if os.environ.get(OFFLINE_VARIABLE, "").lower() in ("1", "true", "yes", "on"):
@@ -89,6 +89,13 @@ class Home:
             raise RequestError(
                 f"dataset '{self.name}' cannot be downloaded: {said[0]}; {self.advice}"
             ) from error
+
+
+def kept() -> Path:
+    """Where datasets lie that were downloaded without a folder to put them."""
+    from faithmap.fitting import home
+
+    return home() / "data"
 
 
 def download_archives(base: Path, archives: Iterable[tuple[str, str, str]]) -> None:
