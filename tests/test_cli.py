@@ -54,7 +54,7 @@ def test_the_help_and_the_version_load_no_torch() -> None:
         assert done.stdout
 
 
-@pytest.mark.parametrize("kind", ["explainers", "metrics", "datasets", "models", "presets"])
+@pytest.mark.parametrize("kind", ["explainers", "fits", "metrics", "datasets", "models", "presets"])
 def test_lists_are_generated(kind: str, typed, capsys: pytest.CaptureFixture[str]) -> None:  # type: ignore[no-untyped-def]
     code, shown = typed("list", kind)
     assert code == 0
@@ -66,6 +66,9 @@ def test_lists_are_generated(kind: str, typed, capsys: pytest.CaptureFixture[str
     if kind in ("explainers", "metrics", "datasets"):
         names = {plugin.name for plugin in registry.plugins(kind[:-1])}  # type: ignore[arg-type]
         assert names == {entry["name"] for entry in entries}
+    if kind == "fits":
+        options = {entry["name"]: set(entry["params"]) for entry in entries}
+        assert options["scan"] >= {"epochs", "rate"} and options.keys() == {"infocam", "scan"}
     if kind == "metrics":
         named = [entry["name"] for entry in entries if not entry["default"]]
         assert "insertion-deletion" in named and "perturbation" not in named

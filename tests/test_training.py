@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import os
 import signal
 import subprocess
@@ -14,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 from fits import TOY, asked, typed
+from rich.console import Console
 
 from faithmap import commands, fitting, training
 from faithmap.errors import FaithmapError, RequestError
@@ -192,6 +194,23 @@ def test_unreadable_images_are_left_out_and_counted(model: Model) -> None:
     assert set(data.unreadable) == {"a.png", "b.png"}
 
 
+def test_unreadable_images_are_named(model: Model, home: Path) -> None:
+    from dataclasses import replace
+
+    request = asked(model, 5)
+    broken = tuple(unreadable(f"{i:02d}.png") for i in range(10))
+    said = io.StringIO()
+    shown, errors = Console(file=said, width=200), Console(file=io.StringIO())
+    asked_for = replace(request, samples=(*request.samples, *broken))
+    assert commands.train(asked_for, shown, errors, out=None, half=False, fresh=False) == 0
+    names = ", ".join(f"{i:02d}.png" for i in range(8))
+    assert f"10 images could not be read and were left out: {names}, ...\n" in said.getvalue()
+    (file,) = home.rglob("*.safetensors")
+    data = fitting.read(file).record["data"]
+    assert (data["images"], data["unreadable"]) == (5, 10)
+    assert data["unreadable_ids"] == [f"{i:02d}.png" for i in range(10)]
+
+
 def test_a_fit_on_nothing_readable_is_refused(model: Model) -> None:
     from dataclasses import replace
 
@@ -224,7 +243,7 @@ def test_steps_of_an_epoch(model: Model) -> None:
 def test_a_fit_that_diverges_is_not_kept(model: Model, home: Path) -> None:
     with pytest.raises(FaithmapError, match="ended with NaN or infinity in 'colour'; nothing was kept"):
         training.train(asked(model, params={"start": float("inf")}))
-    assert not list(home.rglob("*.safetensors"))
+    assert not [file for file in home.rglob("*") if file.is_file()]  # no fit, and no lock either
 
 
 def test_ctrl_c_stops_with_a_checkpoint(tmp_path: Path, home: Path) -> None:

@@ -206,7 +206,7 @@ def compare(
 
 @app.command("list")
 def list_(
-    kind: Annotated[str, typer.Argument(help="explainers, metrics, datasets, models or presets.")],
+    kind: Annotated[str, typer.Argument(help="explainers, fits, metrics, datasets, models or presets.")],
     as_json: Annotated[
         bool, typer.Option("--json", help="A JSON list of objects, each with a name.")
     ] = False,
@@ -248,7 +248,12 @@ def train(
     dataset: LearningDataset,
     request: Request = None,
     option: Annotated[
-        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="An option of the fit.")
+        list[str] | None,
+        typer.Option(
+            "--set",
+            metavar="KEY=VALUE",
+            help="An option of the fit, such as epochs=5; `faithmap list fits` names them all.",
+        ),
     ] = None,
     part: Part = "all",
     limit: Limit = None,

@@ -17,6 +17,9 @@ from faithmap.errors import DataError, RequestError, nearest
 from faithmap.listing import load_plugins
 from faithmap.records import Sample, Spec
 
+#: Images that could not be read are named up to this many.
+SHOWN_NAMES = 8
+
 if TYPE_CHECKING:
     from faithmap.data import LoadedDataset
     from faithmap.finetuning import Finetuning
@@ -282,14 +285,21 @@ def train(
         f"{record['data']['dataset']}: {record['params_added']:,} parameters, {record['seconds']:.0f} s of "
         f"fitting ({taken} now)"
     ]
-    if record["data"]["unreadable"]:
-        said.append(f"{record['data']['unreadable']} images could not be read and were left out")
+    said += _unreadable(record["data"])
     params = {**asked.params, "fitted": str(made.path)} if out else asked.params
     spec = shlex.quote(spec_text(asked.plugin, params))
     said += [f"wrote {made.path}", f"fit {made.key}: `faithmap run --explainers {spec}` takes it"]
     for line in said:
         console.print(line, markup=False, highlight=False, soft_wrap=True)
     return 0
+
+
+def _unreadable(*parts: Mapping[str, Any]) -> list[str]:
+    """A line that names images which were to be learnt from, or tested on, and could not be read."""
+    number = sum(part["unreadable"] for part in parts)
+    names = [name for part in parts for name in part.get("unreadable_ids", ())]
+    shown = ", ".join(names[:SHOWN_NAMES]) + (", ..." if number > SHOWN_NAMES else "")
+    return [f"{number} images could not be read and were left out: {shown}"] if number else []
 
 
 def finetune(asked: Finetuning, console: Console, errors: Console, *, fresh: bool) -> int:
@@ -310,9 +320,7 @@ def finetune(asked: Finetuning, console: Console, errors: Console, *, fresh: boo
         + f": accuracy {_interval(test, 'accuracy')}, "
         f"balanced accuracy {_interval(test, 'balanced_accuracy')}",
     ]
-    unreadable = data["unreadable"] + test["unreadable"]
-    if unreadable:
-        said.append(f"{unreadable} images could not be read and were left out")
+    said += _unreadable(data, test)
     if record["without_images"]:
         said.append(
             f"{record['without_images']} of the {record['classes']} classes have no image to learn from; "

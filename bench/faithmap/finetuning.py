@@ -27,7 +27,7 @@ from faithmap.explaining import describe
 from faithmap.fitting import Fit
 from faithmap.heads import Head, find_head, logits_of, put_head
 from faithmap.kept_features import Kept, keep
-from faithmap.learning_record import circumstances, curve_csv, data_entry
+from faithmap.learning_record import NAMED, circumstances, curve_csv, data_entry
 from faithmap.models import Model
 from faithmap.records import Sample, Spec, digest
 from faithmap.store import write_bytes
@@ -231,7 +231,7 @@ def _make(request: Finetuning, watcher: Watcher, fresh: bool, every: float) -> F
     module.eval()
     tensors = {name: value.detach().clone() for name, value in module.state_dict().items()}
     check_finite(tensors, f"fine-tuning '{request.model.name}'")
-    made = fitting.write(file, tensors, _record(request, session, len(source.unreadable)))
+    made = fitting.write(file, tensors, _record(request, session, source.unreadable))
     write_bytes(file.with_suffix(".csv"), curve_csv(session.curve).encode())
     checkpoint.unlink(missing_ok=True)
     _clear(shelf)
@@ -309,7 +309,7 @@ def _class_weights(request: Finetuning) -> Tensor:
     return torch.where(counts > 0, len(labels) / (counts.clamp(min=1) * len(request.present)), 0.0)
 
 
-def _record(request: Finetuning, session: Session, unreadable: int) -> dict[str, Any]:
+def _record(request: Finetuning, session: Session, unreadable: Mapping[str, str]) -> dict[str, Any]:
     model = request.model
     return {
         "key": request.key,
@@ -393,6 +393,7 @@ def _test(request: Finetuning, model: Model, watcher: Watcher) -> dict[str, Any]
         "hold_out": request.hold_out,
         "images": int(counts.sum()),
         "unreadable": len(data.unreadable),
+        "unreadable_ids": sorted(data.unreadable)[:NAMED],
         **Outcome(hits, counts).figures,
         "hits": hits.tolist(),
         "counts": counts.tolist(),

@@ -20,8 +20,17 @@ if TYPE_CHECKING:
     from faithmap.training import Session
 
 
+#: Images that could not be read are named in a record up to this many.
+NAMED = 100
+
+
 def data_entry(
-    dataset: LoadedDataset, samples: Sequence[Sample], unreadable: int, *, part: str, limit: int | None
+    dataset: LoadedDataset,
+    samples: Sequence[Sample],
+    unreadable: Mapping[str, str],
+    *,
+    part: str,
+    limit: int | None,
 ) -> dict[str, Any]:
     """What was learnt from, as a record keeps it; its `ids` are digests, so that overlaps can be found."""
     return {
@@ -30,8 +39,9 @@ def data_entry(
         "revision": dataset.revision,
         "part": part,
         "limit": limit,
-        "images": len(samples) - unreadable,
-        "unreadable": unreadable,
+        "images": len(samples) - len(unreadable),
+        "unreadable": len(unreadable),
+        "unreadable_ids": sorted(unreadable)[:NAMED],
         "plugin": dataset.plugin.name,
         "params": {k: v for k, v in dataset.params.items() if k not in PLACE_KEYS},
         "ids": [digest(sample.id, length=10) for sample in samples],

@@ -19,7 +19,7 @@ from faithmap.errors import RequestError, nearest
 from faithmap.records import Kind
 from faithmap.report._format import count
 
-KINDS = ("explainers", "metrics", "datasets", "models", "presets")
+KINDS = ("explainers", "fits", "metrics", "datasets", "models", "presets")
 #: Models on which `--json` and the reference tell what an explainer costs: a CNN and a transformer, embedded.
 MODELS = ("shapes/resnet", "shapes/vit")
 
@@ -40,6 +40,8 @@ def entries(kind: str) -> list[dict[str, Any]]:
         return [_preset(name) for name in preset_names()]
     if kind == "models":
         return _models()
+    if kind == "fits":
+        return [_fit(plugin) for plugin in registry.plugins("explainer") if plugin.fits]
     if kind not in KINDS:
         raise RequestError(f"cannot list '{kind}'; {nearest(kind, KINDS)}")
     single: Kind = kind[:-1]  # type: ignore[assignment]
@@ -73,6 +75,17 @@ def _plugin(plugin: registry.Plugin) -> dict[str, Any]:
     else:
         entry |= {"license": facts.license, "revision": facts.revision, "gives": sorted(facts.gives)}
     return entry
+
+
+def _fit(plugin: registry.Plugin) -> dict[str, Any]:
+    """An explainer that is fitted first, with the options of `faithmap train --set` for parameters."""
+    return {
+        "name": plugin.name,
+        "summary": plugin.summary,
+        "params": plugin.fit_options,
+        "fit_params": sorted(plugin.facts.fit_params or plugin.parameters),
+        "origin": plugin.origin,
+    }
 
 
 def add_costs(found: Sequence[dict[str, Any]]) -> None:

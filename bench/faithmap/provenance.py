@@ -157,7 +157,7 @@ def _scored_too(record: Mapping[str, Any], grid: Grid) -> list[str]:
 def _told(record: Mapping[str, Any]) -> dict[str, Any]:
     """A record without the command, which may name folders of the machine, and without ids."""
     kept = {key: value for key, value in record.items() if key not in ("command", "data", "base")}
-    data = {key: value for key, value in record.get("data", {}).items() if key != "ids"}
+    data = {key: value for key, value in record.get("data", {}).items() if not key.endswith("ids")}
     return {**kept, "data": data}
 
 

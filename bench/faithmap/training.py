@@ -373,6 +373,8 @@ def making(file: Path, instead: str) -> Iterator[None]:
     try:
         yield
     finally:
+        # Unlinked while it is held: whoever waits for it sees that the file is gone, and makes another.
+        file.with_suffix(".lock").unlink(missing_ok=True)
         lock.release()
 
 
@@ -460,7 +462,7 @@ def _record(
         "options": dict(request.options),
         "model": {"name": request.model.name, "weights": request.model.weights_digest()},
         "data": data_entry(
-            request.dataset, request.samples, len(data.unreadable), part=request.part, limit=request.limit
+            request.dataset, request.samples, data.unreadable, part=request.part, limit=request.limit
         ),
         "transform": repr(request.model.transform),
         "params_added": sum(
