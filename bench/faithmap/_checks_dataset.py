@@ -12,6 +12,7 @@ from torch import Tensor
 
 from faithmap._checks import CheckSkipped, Seen, check_common_facts, fail, isolated
 from faithmap.batch import box_mask
+from faithmap.config import PLACE_KEYS
 from faithmap.errors import DataError, RequestError
 from faithmap.explaining import describe
 from faithmap.models import Transform
@@ -40,6 +41,12 @@ class DatasetTrial:
     def __init__(self, plugin: Plugin, params: Mapping[str, Any]) -> None:
         self.plugin = plugin
         self.params = params
+
+    @property
+    def chosen(self) -> bool:
+        """Whether a parameter that says what the data are, not where they lie, is not at its default."""
+        defaults = {**self.plugin.parameters, **self.plugin.facts.check_params}
+        return any(value != defaults.get(key) for key, value in self.params.items() if key not in PLACE_KEYS)
 
     def fetch(self) -> tuple[Any, Seen]:
         """Call the plugin: what it returned, and its samples or its error."""
@@ -146,11 +153,18 @@ def check_ids(trial: DatasetTrial) -> None:
         seen.add(sample.id)
 
 
-def check_labels(trial: DatasetTrial) -> None:
-    """Samples carry what `gives` declares; labels are class indices."""
+def check_labels(trial: DatasetTrial) -> str:
+    """Samples carry what `gives` declares; labels are class indices.
+
+    With other parameters than the defaults a dataset may give less, which is noted.
+    """
     held = {"label": "label", "box": "boxes", "mask": "mask"}
+    missing = []
     for fact in sorted(trial.plugin.facts.gives & KNOWN):
         if all(getattr(sample, held[fact]) is None for sample in trial.samples):
+            if trial.chosen:
+                missing.append(fact)
+                continue
             raise fail(f"no sample has a {fact}", "one, as gives= declares", f"Set Sample({held[fact]}=...).")
     for sample in trial.samples:
         whole = isinstance(sample.label, int) and not isinstance(sample.label, bool) and sample.label >= 0
@@ -160,6 +174,7 @@ def check_labels(trial: DatasetTrial) -> None:
                 "a class index from 0 on, or None",
                 "Count the classes from 0; words go into name=.",
             )
+    return f"with these parameters no sample has a {' or a '.join(missing)}" if missing else ""
 
 
 def check_deterministic(trial: DatasetTrial) -> None:
