@@ -84,6 +84,41 @@ def test_what_is_no_class_and_what_is_empty(root: Path) -> None:
         listed(NAME, root=root / "empty")
 
 
+def test_what_was_not_unpacked_to_its_end_is_refused(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    (root / "imagenette2-320" / "val").rename(root / "elsewhere")
+    with pytest.raises(RequestError, match=r"imagenette2-320 is not complete, .* delete it and run again"):
+        listed(NAME, root=root, download=True)
+
+
+def test_an_interrupted_download_begins_beside_and_goes_on(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from torchvision.datasets import Imagenette, utils
+
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    archive = tmp_path / "served" / "imagenette2-320.tgz"
+    archive.parent.mkdir()
+    md5 = packed(archive, root, "imagenette2-320")
+    unpack = utils.extract_archive
+
+    def cut_off(*args: Any, **options: Any) -> str:
+        unpack(*args, **options)
+        raise KeyboardInterrupt
+
+    new = tmp_path / "new"
+    with served(archive.parent) as address:
+        monkeypatch.setitem(Imagenette._ARCHIVES, "320px", (f"{address}/{archive.name}", md5))
+        with monkeypatch.context() as patched:
+            patched.setattr(utils, "extract_archive", cut_off)
+            with pytest.raises(KeyboardInterrupt):
+                listed(NAME, root=new, download=True)
+        assert not (new / "imagenette2-320").exists()
+    # The archive is there already: nothing is asked of the network, which hands out nothing any more.
+    assert listed(NAME, root=new, download=True).revision == listed(NAME, root=root).revision
+    assert [path.name for path in new.iterdir()] == ["imagenette2-320"]
+
+
 def test_a_download_without_a_root_is_found_without_one(
     root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

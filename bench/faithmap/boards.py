@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from faithmap.errors import RequestError
-from faithmap.folders import IMAGES, publish, read_images, read_run, read_runs
+from faithmap.folders import publish, read_images, read_run, read_runs
 from faithmap.records import VARIANTS
 from faithmap.store import LOCK, MANIFEST, RunStore, write_bytes
 
@@ -22,7 +22,7 @@ SHOWN_REASONS = 8
 def rebuild(runs: Sequence[Path], out: Path | None, console: Console) -> int:
     """Write tables and figures again, into the run's folder or another one."""
     from faithmap.leaderboard import write_boards
-    from faithmap.report.variants import write_variants
+    from faithmap.report.variants import clear_variants, write_variants
 
     if len(runs) > 1 and out is None:
         raise RequestError("several runs make one board in a folder of its own; name it with --out")
@@ -34,8 +34,10 @@ def rebuild(runs: Sequence[Path], out: Path | None, console: Console) -> int:
         publish(rows, manifest, out)
         for run in runs:
             copy_heatmaps(run, out)
-    if target == runs[0] or len(runs) == 1:
-        copy_variants(runs[0], target)
+    if target.resolve() not in {run.resolve() for run in runs}:
+        clear_variants(target)
+        if len(runs) == 1:  # those of several runs are of other methods and images
+            copy_variants(runs[0], target)
     for file in [*write_boards(rows, manifest, target), *write_variants(target)]:
         console.print(f"wrote {file}", markup=False, highlight=False, soft_wrap=True)
     return 0
@@ -89,25 +91,23 @@ def copy_heatmaps(run: Path, out: Path) -> None:
 
 
 def copy_variants(run: Path, out: Path) -> None:
-    """Take along the rows of a run's variants, and the list of its images."""
-    if out.resolve() == run.resolve() or not (run / VARIANTS / MANIFEST).is_file():
-        return
-    names = [Path(VARIANTS) / MANIFEST, Path(IMAGES)]
-    names += [file.relative_to(run) for file in sorted((run / VARIANTS / "rows").rglob("*.parquet"))]
-    for name in names:
-        write_bytes(out / name, (run / name).read_bytes())
+    """Take along the rows of a run's variants."""
+    files = [run / VARIANTS / MANIFEST, *sorted((run / VARIANTS / "rows").rglob("*.parquet"))]
+    for file in files if files[0].is_file() else []:
+        write_bytes(out / file.relative_to(run), file.read_bytes())
 
 
 def print_variants(path: Path, console: Console) -> None:
     """Print how the order of methods moves under the variants of a run."""
     from faithmap.orders import read_orders
-    from faithmap.report.variants import variants_table
+    from faithmap.report.variants import PAGE, variants_table
 
-    found = read_orders(path)
-    for each in found:
-        console.print(variants_table(each))
-    if not found:
-        console.print("no two methods could be compared under the variants")
+    for each in read_orders(path):
+        if each.comparable:
+            console.print(variants_table(each))
+        else:
+            said = f"{each.model} on {each.dataset}: variants not compared, see {PAGE}"
+            console.print(said, markup=False, highlight=False, soft_wrap=True)
 
 
 def print_summary(path: Path, console: Console) -> None:
@@ -179,9 +179,21 @@ def status(path: Path, console: Console) -> int:
             model, dataset, label, share, *(str(counts.get(k, 0)) for k in ("failed", "empty", "skipped"))
         )
     console.print(table)
-    whole = all(held >= asked for held, asked in shares.values())
-    console.print("complete" if whole else "unfinished; run the same command again to go on", highlight=False)
+    left = "" if all(held >= asked for held, asked in shares.values()) else "unfinished"
+    if not left and not _variants_complete(path, manifest):
+        left = "variants unfinished"
+    console.print(f"{left}; run the same command again to go on" if left else "complete", highlight=False)
     return print_failures(path, console)
+
+
+def _variants_complete(path: Path, manifest: Mapping[str, Any]) -> bool:
+    """Whether the variants that the latest request asks for are there for its images, if it asks for any."""
+    wanted = manifest.get("config", {}).get("variants")
+    if not wanted:
+        return True
+    held = RunStore(path / VARIANTS).manifest()
+    images = {dataset: set(ids) for dataset, ids in (held or {}).get("images", {}).items()}
+    return held is not None and held["config"]["variants"] == wanted and images == read_images(path)
 
 
 def completeness(

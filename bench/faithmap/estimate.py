@@ -35,6 +35,7 @@ def estimate(config: Config) -> Estimate:
     The cost metric, which times a fixed number of images however many are scored, is left out.
     """
     grid = make_grid(config)
+    multiverse.check(grid)
     grid = replace(grid, metrics=tuple(use for use in grid.metrics if use.facts.sample is None))
     for model in grid.models:
         for dataset, samples in grid.datasets:
@@ -47,7 +48,6 @@ def estimate(config: Config) -> Estimate:
         for group in make_groups(grid, settings, library):
             total = _added(total, group)
         if library is not None:
-            multiverse.check(grid)
             for universe, groups in multiverse.planned(grid, settings, library):
                 at_most = "at most " if universe.target == "label" else ""
                 for group in groups:

@@ -16,13 +16,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from faithmap import reliability
 from faithmap.config import MapGrid, Target, VariantSettings
 from faithmap.data import Shard, shards
 from faithmap.engine import Observer, run_local
 from faithmap.errors import RequestError
 from faithmap.map_library import MapLibrary
 from faithmap.models import Model
-from faithmap.orders import DEFAULT_TARGET, STEPS
+from faithmap.orders import DEFAULT_TARGET, SPANS, STEPS
 from faithmap.perturb import FILL_NAMES
 from faithmap.plan import Grid, identity, map_grid
 from faithmap.provenance import manifest
@@ -75,9 +76,17 @@ def check(grid: Grid) -> None:
 
 
 def run_variants(
-    grid: Grid, settings: Mapping[str, Any], store: RunStore, library: MapLibrary, observer: Observer
+    grid: Grid,
+    settings: Mapping[str, Any],
+    store: RunStore,
+    library: MapLibrary,
+    observer: Observer,
+    verdicts: Mapping[str, dict[str, Any]],
 ) -> dict[str, Any]:
     """Compute what lacks rows, and write and return the manifest of the variants.
+
+    The manifest names the images, so that what is read back is what was completed, whatever the run's own
+    list has become since.
 
     Args:
         grid: the request of the run.
@@ -85,6 +94,7 @@ def run_variants(
         store: the folder of the variants.
         library: maps that the run has made already, and those made here.
         observer: is told how it goes on.
+        verdicts: of the kit on the plugins that are not built in.
     """
     store.clean()
     own = _methods_alone(grid)
@@ -108,7 +118,13 @@ def run_variants(
                     if (group.model.name, group.dataset) not in predicted
                 }
     cells = [key for entry in described for key in entry["cells"]]
-    content = {**manifest(own, identity(own), dict(settings), cells), "universes": described}
+    content = {
+        **manifest(own, identity(own), dict(settings), cells),
+        "universes": described,
+        "images": {dataset.label: [sample.id for sample in samples] for dataset, samples in grid.datasets},
+        "own": own_way(grid),
+    }
+    reliability.record(content, verdicts)
     store.write_manifest(content)
     return content
 
@@ -121,6 +137,17 @@ def planned(
     found = universes(grid.config.run.target, grid.config.run.map_grid, wanted)
     same = {u: [other for other in found if other.target == u.target] for u in found}
     return [(u, _groups(own, settings, u, same[u], library, {})) for u in found]
+
+
+def own_way(grid: Grid) -> dict[str, Any]:
+    """The fill and the span that the run itself scores, and whether that is among the variants at all."""
+    uses = [use for use in grid.metrics if use.plugin.name == METRIC]
+    if not uses:
+        return {"fill": _wanted(grid).fills[0], "span": SPANS[0], "scored": False}
+    plain = next((use for use in uses if not use.variant), uses[0])
+    fill, span, steps = (plain.params[key] for key in ("fill", "span", "steps"))
+    spans = {share for share in SPANS if (span, steps) == (share, round(share * STEPS))}
+    return {"fill": fill, "span": next(iter(spans), SPANS[0]), "scored": bool(spans)}
 
 
 def _wanted(grid: Grid) -> VariantSettings:
@@ -137,7 +164,7 @@ def _methods_alone(grid: Grid) -> Grid:
     )
     metrics = tuple(
         use_metric(Spec(METRIC, {"fill": fill, "span": 1.0, "steps": STEPS}, fill))
-        for fill in _wanted(grid).fills
+        for fill in dict.fromkeys([own_way(grid)["fill"], *_wanted(grid).fills])
     )
     config = grid.config.with_run(own_nulls=())
     return replace(grid, config=config, explainers=kept, metrics=metrics)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -82,13 +83,37 @@ class Home:
                 f"dataset '{self.name}' is not in {base}, and the network may not be asked "
                 f"(--offline, or {OFFLINE_VARIABLE}); {self.advice}"
             )
+        fresh = not self.is_in(base)
+        if fresh and (base / self.folder).exists():
+            raise RequestError(
+                f"dataset '{self.name}': {base / self.folder} is not complete, as an unpacking that was cut "
+                "off leaves it; delete it and run again"
+            )
         try:
-            download(base)
+            if fresh:
+                _unpacked_elsewhere(base, self.name, download)
+            else:
+                download(base)
         except Exception as error:
             said = str(error).strip().splitlines() or [type(error).__name__]
             raise RequestError(
                 f"dataset '{self.name}' cannot be downloaded: {said[0]}; {self.advice}"
             ) from error
+
+
+def _unpacked_elsewhere(base: Path, name: str, download: Callable[[Path], None]) -> None:
+    """Download into a folder beside, and move what is there when it is complete: a folder that is in place
+    was unpacked to its end. Archives are kept until then, so that they are not fetched twice."""
+    scratch = base / f".{name}.unfinished"
+    for entry in scratch.iterdir() if scratch.is_dir() else ():
+        if entry.is_dir():
+            shutil.rmtree(entry)
+    scratch.mkdir(parents=True, exist_ok=True)
+    download(scratch)
+    for entry in list(scratch.iterdir()):
+        if entry.is_dir():
+            shutil.copytree(entry, base / entry.name, copy_function=os.replace, dirs_exist_ok=True)
+    shutil.rmtree(scratch)
 
 
 def kept() -> Path:

@@ -26,10 +26,9 @@ from scipy import stats as distributions
 from faithmap import stats
 from faithmap.columns import variant_title
 from faithmap.evidence import Evidence, FloatArray, read_evidence
-from faithmap.folders import read_images
 from faithmap.records import PRIMARY_SCORE, REFERENCE_NULL, VARIANTS
 from faithmap.standing import FAILED_LIMIT
-from faithmap.store import RunStore
+from faithmap.store import KEY_COLUMNS, RunStore
 
 #: The axes of a variant, in the order in which variants are listed.
 AXES = ("target", "map_grid", "fill", "span", "reading")
@@ -101,6 +100,10 @@ class Orders:
     values: FloatArray
     #: Methods that are left out, with the reason.
     left_out: Mapping[str, str]
+    #: Images that were asked for.
+    asked: int
+    #: Whether the run itself has scored the first variant.
+    scored: bool = True
     seed: int = 0
     resamples: int = stats.RESAMPLES
 
@@ -108,6 +111,11 @@ class Orders:
     def images(self) -> int:
         """How many images are compared."""
         return int(self.values.shape[-1])
+
+    @property
+    def comparable(self) -> bool:
+        """Whether there are two methods and an image that they have in common under all variants."""
+        return self.pairs > 0 and bool(self.variants) and self.images > 0
 
     @cached_property
     def means(self) -> FloatArray:
@@ -164,13 +172,12 @@ class Orders:
     def disagreement(self, v: int, w: int) -> Disagreement:
         """Compare two variants by their positions."""
         agreed = self.decided[v] * self.decided[w]
-        share = 100 / self.pairs
         return Disagreement(
             self.variants[v],
             self.variants[w],
-            reversed=float((self.order[v] * self.order[w] < 0).sum()) * share,
-            low=float((agreed < 0).sum()) * share,
-            high=100 - float((agreed > 0).sum()) * share,
+            reversed=100 * float((self.order[v] * self.order[w] < 0).mean()),
+            low=100 * float((agreed < 0).mean()),
+            high=100 * float((agreed <= 0).mean()),
             tau=float(distributions.kendalltau(self.means[v], self.means[w]).statistic),
         )
 
@@ -218,7 +225,7 @@ def _said(value: Any) -> str:
 
 
 def read_orders(path: Path, resamples: int = stats.RESAMPLES) -> list[Orders]:
-    """The orders of a run's models and datasets; empty where it has no variants.
+    """The orders of a run's models and datasets, comparable or not; empty where it has no variants.
 
     Args:
         path: the run's folder.
@@ -228,7 +235,7 @@ def read_orders(path: Path, resamples: int = stats.RESAMPLES) -> list[Orders]:
     manifest = store.manifest()
     if manifest is None:
         return []
-    chosen = read_images(path) or {}
+    chosen = {dataset: set(ids) for dataset, ids in manifest["images"].items()}
     found: dict[tuple[str, str], dict[tuple[str, str, float], Evidence]] = {}
     for entry in manifest["universes"]:
         rows = universe_rows(store, entry, manifest["universes"])
@@ -241,12 +248,8 @@ def read_orders(path: Path, resamples: int = stats.RESAMPLES) -> list[Orders]:
                 if cell.model in entry["models"] and cell.images:
                     key = (entry["target"], str(entry["map_grid"]), span)
                     found.setdefault((cell.model, cell.dataset), {})[key] = cell
-    own = manifest["config"]["run"]
-    made = [
-        _orders(cells, (own["target"], str(own["map_grid"])), manifest, resamples)
-        for (_, _), cells in sorted(found.items(), key=lambda item: _request_order(manifest, *item[0]))
-    ]
-    return [orders for orders in made if orders is not None]
+    ordered = sorted(found.items(), key=lambda item: _request_order(manifest, *item[0]))
+    return [_orders(cells, len(chosen[dataset]), manifest, resamples) for (_, dataset), cells in ordered]
 
 
 def _request_order(manifest: Mapping[str, Any], model: str, dataset: str) -> tuple[int, int]:
@@ -255,12 +258,9 @@ def _request_order(manifest: Mapping[str, Any], model: str, dataset: str) -> tup
 
 
 def _orders(
-    cells: Mapping[tuple[str, str, float], Evidence],
-    own: tuple[str, str],
-    manifest: Mapping[str, Any],
-    resamples: int,
-) -> Orders | None:
-    """Line up what the universes of one model and dataset give; None where no two methods can be."""
+    cells: Mapping[tuple[str, str, float], Evidence], asked: int, manifest: Mapping[str, Any], resamples: int
+) -> Orders:
+    """Line up what the universes of one model and dataset give."""
     first = next(iter(cells.values()))
     methods, left_out = _methods(list(cells.values()), manifest)
     images = sorted(set.intersection(*(set(cell.images) for cell in cells.values())))
@@ -276,17 +276,14 @@ def _orders(
                 if plane.size and np.isfinite(plane).any():
                     variants.append(Variant(target, grid, fill, span, reading))
                     planes.append(plane)
-    if len(methods) < 2 or not planes:
-        return None
-    values = np.array(planes)
+    values = np.array(planes).reshape(len(planes), len(methods), len(images))
     values = values[:, :, np.isfinite(values).all(axis=(0, 1))]
-    default = (*own, fills[0], SPANS[0], next(iter(READINGS)))
+    run, own = manifest["config"]["run"], manifest["own"]
+    default = (run["target"], str(run["map_grid"]), own["fill"], own["span"], next(iter(READINGS)))
     ordered = sorted(range(len(variants)), key=lambda v: _distance(variants[v], default))
-    if not values.shape[-1]:
-        return None
     return Orders(
         first.model, first.dataset, tuple(methods), tuple(variants[v] for v in ordered), values[ordered],
-        left_out, int(manifest["settings"]["seed"]), resamples,
+        left_out, asked, own["scored"], int(manifest["settings"]["seed"]), resamples,
     )  # fmt: skip
 
 
@@ -304,7 +301,8 @@ def _methods(
         entry = manifest["explainers"][label]
         if entry["name"] == REFERENCE_NULL or entry["role"] != "method":
             continue
-        reasons = [reason for cell in cells if (reason := _unusable(cell, label))]
+        reasons = [] if entry.get("reliable", True) else ["unreliable: it fails checks of the kit"]
+        reasons += [reason for cell in cells if (reason := _unusable(cell, label))]
         if reasons:
             left_out[label] = reasons[0]
         else:
@@ -324,7 +322,7 @@ def _unusable(cell: Evidence, label: str) -> str:
 def variants_frame(orders: Sequence[Orders]) -> pd.DataFrame:
     """`variants.csv`: a line for each model, dataset, variant and method."""
     lines = []
-    for each in orders:
+    for each in filter(lambda found: found.comparable, orders):
         low, high = each.intervals
         for v, variant in enumerate(each.variants):
             for m, method in enumerate(each.methods):
@@ -336,7 +334,8 @@ def variants_frame(orders: Sequence[Orders]) -> pd.DataFrame:
                         "rank": each.ranks[v, m], "rank_low": low[v, m], "rank_high": high[v, m],
                     }
                 )  # fmt: skip
-    return pd.DataFrame(lines)
+    columns = ["model", "dataset", *AXES, "explainer", "n", PRIMARY_SCORE, "rank", "rank_low", "rank_high"]
+    return pd.DataFrame(lines, columns=columns)
 
 
 def universe_rows(
@@ -357,7 +356,8 @@ def universe_rows(
             shared = store.rows(other["cells"])
             right = (shared["predicted"] == shared["label"]).fillna(False).to_numpy(bool)
             rows = pd.concat([rows, shared[right]], ignore_index=True)
-    return rows
+    # A request that had no predicted class before has explained these images for their labels itself.
+    return rows.drop_duplicates(KEY_COLUMNS, ignore_index=True)
 
 
 def at_span(rows: pd.DataFrame, span: float) -> pd.DataFrame:

@@ -276,8 +276,8 @@ def _task(
         model.digest(), dataset.key, run.target, use.plugin.name, use.plugin.facts.version, keyed,
         use.plugin.file_sha256(), run.seed, run.precision, run.map_grid, shape, *content, length=20,
     )  # fmt: skip
-    # Controls and nulls are drawn on the grid of the run; a method knows nothing of it.
-    drawn_on = [] if use.plugin.facts.role == "method" else [shape]
+    # Our own methods know nothing of the run's grid; what others may read of a batch is not known.
+    drawn_on = [] if use.plugin.built_in and use.plugin.facts.role == "method" else [shape]
     maps_key = digest(
         model.digest(), dataset.key, use.plugin.name, use.plugin.facts.version, keyed,
         use.plugin.file_sha256(), run.seed, run.precision, *drawn_on, *content, length=20,

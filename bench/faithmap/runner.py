@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -135,12 +134,12 @@ def _run_locked(
     grid: Grid, store: RunStore, observer: Observer, fresh: bool, figures: bool, save_maps: bool
 ) -> Run:
     from faithmap.leaderboard import write_boards
-    from faithmap.report.variants import write_variants
+    from faithmap.report.variants import clear_variants, write_variants
 
     store.clean()
     if fresh:
         store.clear()
-        shutil.rmtree(store.path / VARIANTS, ignore_errors=True)
+        clear_variants(store.path)
     held = store.manifest()
     grid_identity = identity(grid)
     if held is not None:
@@ -169,7 +168,7 @@ def _run_locked(
     drawn = draw_previews(groups, store) if figures else []
     written = write_boards(*read_run(store.path), store.path, figures=figures)
     if library is not None:
-        multiverse.run_variants(grid, settings, variants, library, observer)
+        multiverse.run_variants(grid, settings, variants, library, observer, content["verdicts"])
         library.drop()
         written += write_variants(store.path, figures=figures)
     return Run(store.path, content, (*written, *drawn))

@@ -8,7 +8,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -373,8 +373,10 @@ def making(file: Path, instead: str) -> Iterator[None]:
     try:
         yield
     finally:
-        # Unlinked while it is held: whoever waits for it sees that the file is gone, and makes another.
-        file.with_suffix(".lock").unlink(missing_ok=True)
+        # Unlinked while it is held: whoever waits for it sees that the file is gone, and makes another. Where
+        # a file that is open cannot be removed, it stays.
+        with suppress(OSError):
+            file.with_suffix(".lock").unlink(missing_ok=True)
         lock.release()
 
 

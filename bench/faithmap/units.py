@@ -44,8 +44,8 @@ class Group:
     library: MapLibrary | None = None
 
     def explain(self, task: Task, batch: Batch) -> MapSet:
-        """The maps of a batch, from the library where it has them."""
-        if self.library is None:
+        """The maps of a batch, from the library where it has them; those of methods alone are kept."""
+        if self.library is None or task.cell.role != "method" or task.cell.null is not None:
             return explain_batch(task.call, self.model, batch)
         return self.library.get(task.maps_key, batch, lambda: explain_batch(task.call, self.model, batch))
 

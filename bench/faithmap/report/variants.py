@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import shutil
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -10,7 +12,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from faithmap.orders import Contrast, Orders, read_orders, variants_frame
+from faithmap.records import VARIANTS
 from faithmap.report._format import DASH, code, count, file_stem, table
+from faithmap.report._provenance import plain
 from faithmap.report.figures import INK, PALETTE, drawn
 from faithmap.store import write_bytes
 
@@ -18,9 +22,23 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from rich.table import Table
 
+#: The pages, and how the names of the figures begin.
+PAGE, TABLE, FIGURE = "variants.md", "variants.csv", "variants-"
 AXIS_NAMES = {
     "target": "Class explained", "map_grid": "Map grid", "fill": "Fill", "span": "Span", "reading": "Reading",
 }  # fmt: skip
+
+
+def clear_variants(path: Path) -> None:
+    """Remove the variants of a run, their pages included."""
+    shutil.rmtree(path / VARIANTS, ignore_errors=True)
+    clear_pages(path)
+
+
+def clear_pages(path: Path) -> None:
+    """Remove the pages alone."""
+    for file in [path / PAGE, path / TABLE, *(path / "figures").glob(f"{FIGURE}*.png")]:
+        file.unlink(missing_ok=True)
 
 
 def write_variants(path: Path, *, figures: bool = True) -> list[Path]:
@@ -28,15 +46,20 @@ def write_variants(path: Path, *, figures: bool = True) -> list[Path]:
     from faithmap.leaderboard import board_csv
 
     orders = read_orders(path)
+    clear_pages(path)
     if not orders:
         return []
-    contents = {"variants.csv": board_csv(variants_frame(orders)).encode()}
-    drawings = {f"figures/variants-{file_stem(o.model, o.dataset)}.png": o for o in orders if figures}
+    contents = {TABLE: board_csv(variants_frame(orders)).encode()}
+    drawings = {_figure(each): each for each in orders if figures and each.comparable}
     contents |= {name: ranks_figure(each) for name, each in drawings.items()}
-    contents["variants.md"] = render_variants(orders, list(drawings)).encode()
+    contents[PAGE] = render_variants(orders, list(drawings)).encode()
     for name, content in contents.items():
         write_bytes(path / name, content)
     return [path / name for name in contents]
+
+
+def _figure(each: Orders) -> str:
+    return f"figures/{FIGURE}{file_stem(each.model, each.dataset)}.png"
 
 
 def render_variants(orders: Sequence[Orders], figures: Sequence[str] = ()) -> str:
@@ -58,43 +81,72 @@ def _introduction() -> str:
     )
 
 
+def _counted(each: Orders) -> str:
+    """How many images are compared, and why not all."""
+    if each.images == each.asked:
+        return count(each.images, "image")
+    return (
+        f"{each.images} of {count(each.asked, 'image')} (the others cannot be read, have no label, or "
+        "no value under some variant)"
+    )
+
+
 def _section(each: Orders, figures: Sequence[str]) -> list[str]:
+    parts = [f"## {code(each.model)} on {code(each.dataset)}"]
+    if not each.comparable:
+        parts.append(
+            f"Not compared: {count(len(each.methods), 'method')} and {count(each.images, 'image')} have a "
+            "value under every variant; two methods and an image are needed."
+        )
+        return parts + _left_out(each)
     mean, largest, surely = each.any_two()
     said = (
         f"{count(len(each.methods), 'method')}, {count(each.pairs, 'pair')}, "
-        f"{count(len(each.variants), 'variant')}, {count(each.images, 'image')}. Between two variants "
+        f"{count(len(each.variants), 'variant')}, {_counted(each)}. Between two variants "
         f"taken at random {mean:.1f}% of the pairs are reversed ({surely:.1f}% significantly), between the "
         f"two that differ most {largest:.1f}%. All variants and pairs taken as one family at 95%, "
         f"{each.reversed_somewhere} of the {each.pairs} pairs are significantly reversed between some two "
         "variants."
     )
-    parts = [f"## {code(each.model)} on {code(each.dataset)}", said]
-    own = each.variants[0]
-    parts.append(
-        f"One choice changed, the others as in the run ({own.title}), and over all settings of the others:"
-    )
+    where = _where(each)
+    parts += [
+        said,
+        f"One choice changed, the others as in {where} ({each.variants[0].title}), and over all settings of "
+        "the others:",
+    ]
     header = ["Choice", "Between", "Reversed (%)", "Kendall's tau", "Mean elsewhere (%)", "Largest (%)"]
     parts.append(table(header, [_contrast_line(contrast) for contrast in each.contrasts()], left=2))
     parts += ["Where each method stands:", _methods_table(each)]
-    wanted = f"figures/variants-{file_stem(each.model, each.dataset)}.png"
-    if wanted in figures:
-        parts.append(f"![Ranks over all variants]({wanted})")
-    if each.left_out:
-        lines = [f"- {code(label)}: {reason}" for label, reason in each.left_out.items()]
-        parts += ["Left out:", "\n".join(lines)]
-    return parts
+    if _figure(each) in figures:
+        parts.append(f"![Ranks over all variants]({_figure(each)})")
+    return parts + _left_out(each)
+
+
+def _where(each: Orders) -> str:
+    """What the first variant is: that of the run's own board, or one that it has not scored."""
+    return "the run" if each.scored else "the first variant, which is not on the run's board"
+
+
+def _left_out(each: Orders) -> list[str]:
+    lines = [f"- {code(label)}: {plain(reason)}" for label, reason in each.left_out.items()]
+    return ["Left out:", "\n".join(lines)] if lines else []
 
 
 def _contrast_line(contrast: Contrast) -> list[str]:
-    here = contrast.here
     return [
         AXIS_NAMES[contrast.axis],
         " / ".join(contrast.values),
         interval(contrast),
-        f"{here.tau:.2f}",
+        tau(contrast),
         f"{contrast.mean:.1f}",
         f"{contrast.largest:.1f}",
     ]
+
+
+def tau(contrast: Contrast) -> str:
+    """Kendall's tau; a dash where one of the two orders is all ties."""
+    found = contrast.here.tau
+    return DASH if math.isnan(found) else f"{found:.2f}"
 
 
 def interval(contrast: Contrast) -> str:
@@ -114,8 +166,9 @@ def _methods_table(each: Orders) -> str:
                 f"{ranks[:, m].min()}{DASH}{ranks[:, m].max()}", f"{100 * (ranks[:, m] == 1).mean():.0f}",
             ]
         )  # fmt: skip
+    where = "in the run" if each.scored else "in the first variant"
     header = [
-        "Explainer", "Rank in the run", "AUC-D in the run", "Median rank", "Ranks over all variants",
+        "Explainer", f"Rank {where}", f"AUC-D {where}", "Median rank", "Ranks over all variants",
         "First in (%)",
     ]  # fmt: skip
     return table(header, lines)
@@ -131,6 +184,7 @@ def _draw_ranks(each: Orders, figure: Figure) -> None:
 
     panel = figure.subplots()
     order = np.argsort(each.ranks[0], kind="stable")
+    where = "in the run" if each.scored else "in the first variant"
     for row, m in enumerate(order):
         ranks, times = np.unique(each.ranks[:, m], return_counts=True)
         panel.plot([ranks.min(), ranks.max()], [row, row], color="#CCCCCC", linewidth=1.2, zorder=1)
@@ -140,7 +194,7 @@ def _draw_ranks(each: Orders, figure: Figure) -> None:
         )  # fmt: skip
         panel.plot(
             [each.ranks[0, m]], [row], marker="|", markersize=13, markeredgewidth=2, color=PALETTE[1],
-            linestyle="none", zorder=3, label="in the run" if row == 0 else None,
+            linestyle="none", zorder=3, label=where if row == 0 else None,
         )  # fmt: skip
     panel.set_yticks(range(len(order)), [each.methods[m] for m in order], color=INK)
     panel.set(xlim=(0.4, len(order) + 0.6), ylim=(len(order) - 0.4, -0.6), xlabel="Rank by AUC-D (1 is best)")
@@ -154,13 +208,16 @@ def _draw_ranks(each: Orders, figure: Figure) -> None:
 
 
 def variants_table(each: Orders) -> Table:
-    """What one model and dataset have to say, for a terminal."""
+    """What one model and dataset that are comparable have to say, for a terminal."""
     from rich.table import Table
     from rich.text import Text
 
     mean, largest, surely = each.any_two()
     made = Table(
-        title=f"{each.model} on {each.dataset}: {len(each.methods)} methods, {len(each.variants)} variants",
+        title=(
+            f"{each.model} on {each.dataset}: {len(each.methods)} methods, {len(each.variants)} variants, "
+            f"{_counted(each)}"
+        ),
         header_style="bold",
         pad_edge=False,
         caption=(
@@ -178,7 +235,7 @@ def variants_table(each: Orders) -> Table:
             made.add_section()
         made.add_row(
             AXIS_NAMES[contrast.axis] if contrast.axis != last else "",
-            " / ".join(contrast.values), Text(interval(contrast)), f"{contrast.here.tau:.2f}",
+            " / ".join(contrast.values), Text(interval(contrast)), tau(contrast),
             f"{contrast.mean:.1f}, {contrast.largest:.1f}",
         )  # fmt: skip
         last = contrast.axis
