@@ -15,6 +15,7 @@ import typer
 from rich.console import Console
 
 from faithmap import __version__
+from faithmap._memory import keep_freed_memory
 from faithmap.errors import FaithmapError, RequestError
 
 app = typer.Typer(
@@ -55,6 +56,7 @@ Comma = "Comma list; parameters in brackets: name[key=value]."
 
 def app_main() -> NoReturn:
     """Run the command line and turn every error that we raise into a sentence and an exit code."""
+    keep_freed_memory()
     sys.exit(main(sys.argv[1:]))
 
 
