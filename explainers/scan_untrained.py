@@ -18,7 +18,7 @@ def _misfit(model: Model) -> str | None:
 
 
 @explainer(
-    version=1, source="control: SCAN (arXiv:2603.06523) before its training", defined_for=_misfit, forwards=1,
+    version=2, source="control: SCAN (arXiv:2603.06523) before its training", defined_for=_misfit, forwards=1,
     backwards=1, role="control", check_params={"width": 0.125},
 )  # fmt: skip
 def scan_untrained(
@@ -45,8 +45,9 @@ def scan_untrained(
         layer, percentile, scalar: what is masked and how; as for `masked-features`.
         width: multiplies the decoder's channels; 1 as published.
         stretch: constant of the stretching sine.
-        seed: of the decoder's weights.
+        seed: of the decoder's weights, which are those that a fit of `scan` with that seed begins with.
     """
+    from faithmap.batch import seed_of
     from faithmap.decoders import decode_batch, seeded_decoder
     from faithmap.gradient_masks import analysed_layer, masked_features, note_unmasked
     from faithmap.reconstruction import confidence_of
@@ -54,5 +55,5 @@ def scan_untrained(
     name = analysed_layer(model, layer)
     masked = masked_features(batch.context, batch.targets, name, percentiles=percentile, score=scalar)
     note_unmasked(batch, masked.unmasked)
-    decoder = seeded_decoder(masked.layout, width, seed, model.device).eval()
+    decoder = seeded_decoder(masked.layout, width, seed_of(seed, "scan", "weights"), model.device).eval()
     return confidence_of(decode_batch(decoder, model, masked)[:, 0], stretch=stretch)

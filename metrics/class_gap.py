@@ -9,7 +9,8 @@ import torch
 from faithmap import metric
 from faithmap.again import explain_again, failures, for_classes
 from faithmap.batch import Scored
-from faithmap.removal import curve_area, removal_curves, steps_to
+from faithmap.regions import blanked
+from faithmap.removal import curve_area, not_predicted, removal_curves, steps_to
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -22,7 +23,7 @@ SCORES: dict[str, Direction] = {"class_gap": "higher", "class_gap@probability": 
 
 
 @metric(
-    version=1,
+    version=2,
     source="faithmap, docs/protocols.md: class gap; AUC-D as in SCAN, after Chefer et al. 2021",
     scores=SCORES,
     bounds=dict.fromkeys(SCORES, (-180, 180)),
@@ -37,7 +38,7 @@ def class_gap(
     The runner-up is the class other than the target with the highest logit on the clean image. The
     explainer is called once more, for that class on the same image, and pixels are removed in the order
     of either map. The curves are those of `perturbation`, both of the target: agreement, which is the
-    target's as long as the prediction is what the run explains, and the probability of the target. With
+    target's where that is the prediction and undefined elsewhere, and the probability of the target. With
     AUC-D = negative less positive area,
 
         class_gap = AUC-D(map of the target) - AUC-D(map of the runner-up),
@@ -64,7 +65,8 @@ def class_gap(
         steps: how many equal steps lead there.
 
     Returns:
-        Both readings in percent (B,); NaN with a reason for a model of a single class.
+        Both readings in percent (B,); NaN with a reason for a model of a single class, and `class_gap` where
+        another class than the predicted one is explained.
 
     Raises:
         RequestError: a parameter is wrong, or only maps were given.
@@ -83,7 +85,11 @@ def class_gap(
             gap = (least - most) - (other_least - other_most)
             gaps[f"class_gap{reading}"] = gap.masked_fill(same, 0)
     gone = failures(found, "the map of the runner-up class")
-    return {name: Scored(gap, failed=gone) for name, gap in gaps.items()}
+    reasons = not_predicted(batch)
+    return {
+        "class_gap": Scored(blanked(gaps["class_gap"], reasons), reasons=reasons, failed=gone),
+        "class_gap@probability": Scored(gaps["class_gap@probability"], failed=gone),
+    }
 
 
 def runner_up(batch: Batch) -> Tensor:

@@ -85,7 +85,8 @@ def drop(
             gains are not defined.
         mute: "soft": x S as above; "half": only the better half of the pixels of S is kept, the
             others are zero (Score-CAM mutes half of the pixels; reconstruction).
-        margin: by how much O must exceed Y to count as an increase.
+        margin: by how much O must exceed Y to count as an increase. Of logits, whose scale is the model's,
+            equality will do; 0 then counts every tie, as the code of ScoreCAM++ does.
     """
     for name, given in (("space", space), ("score", score), ("mute", mute)):
         if given not in CHOICES[name]:
@@ -135,7 +136,7 @@ class _Pair:
         )
 
     def wins(self) -> Tensor:
-        """Whether the masked image scores higher (B,); on logits ties count, as in the code read."""
+        """Whether the masked image scores higher (B,); on logits equality will do, as in the code read."""
         bar = self.clean + self.margin
         return self.kept > bar if self.score == "probability" else self.kept >= bar
 

@@ -10,7 +10,8 @@ from faithmap import metric
 from faithmap.again import explain_again, failures, for_classes, with_model
 from faithmap.batch import Scored, seed_of
 from faithmap.randomising import cascade
-from faithmap.removal import curve_area, removal_curves, steps_to
+from faithmap.regions import blanked
+from faithmap.removal import curve_area, not_predicted, removal_curves, steps_to
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -21,14 +22,14 @@ if TYPE_CHECKING:
     from faithmap.records import Direction
 
 SCORES: dict[str, Direction] = {
-    "sanity_rank": "lower", "sanity_ssim": "lower", "sanity_auc_d": "lower",
+    "sanity_rank": "none", "sanity_ssim": "none", "sanity_auc_d": "none",  # near zero is right
     "sanity_class_gap": "higher", "sanity_least_gap": "higher", "sanity_self": "none",
 }  # fmt: skip
 SHARES = ("sanity_auc_d", "sanity_class_gap", "sanity_least_gap", "sanity_self")
 
 
 @metric(
-    version=1,
+    version=2,
     source="Adebayo et al. 2018 (arXiv:1810.03292); SCAN (arXiv:2603.06523), table 4",
     scores=SCORES,
     bounds={"sanity_rank": (-1, 1), "sanity_ssim": (-1, 1), **dict.fromkeys(SHARES, (-180, 180))},
@@ -65,7 +66,8 @@ def sanity(
     likely one, and these maps are scored on the target as its own is.
 
     - `sanity_class_gap`, `sanity_least_gap`, percent: AUC-D of the target's map less that of the other
-      class's. The larger, the more the map is of its class; 0 for methods that know no class.
+      class's. The larger, the more the map is of its class; 0 for methods that know no class. By agreement
+      with the prediction, so without a value where another class is explained.
 
     `sanity_self`, percent, is the test as SCAN's table 4 reports it: AUC-D, by label, of the map without
     weights on the model without weights. A network that has learnt nothing is right by chance whatever is
@@ -120,7 +122,9 @@ def _gap(
         return Scored(torch.full((len(batch),), torch.nan), reasons=reasons)
     other = explain_again(model, for_classes(batch, classes), "sanity")
     (theirs,) = _auc_d(model, batch, [other.maps], fill, shares)
-    return Scored(own - theirs, failed=failures(other, "the map of the other class"))
+    reasons = not_predicted(batch)
+    gap = blanked(own - theirs, reasons)
+    return Scored(gap, reasons=reasons, failed=failures(other, "the map of the other class"))
 
 
 def _self(
@@ -155,8 +159,8 @@ def _another(batch: Batch) -> Tensor:
 
 
 def _least(batch: Batch) -> Tensor:
-    """The least likely class (B,)."""
-    return batch.logits.argmin(1)
+    """The least likely class (B,) other than the target."""
+    return batch.logits.scatter(1, batch.targets.unsqueeze(1), torch.inf).argmin(1)
 
 
 def _spearman(one: Tensor, two: Tensor) -> float:

@@ -42,6 +42,22 @@ def test_the_same_images_and_classes_give_the_same_maps_on_the_run_s_grid(model:
         assert found.status == ["ok"] * 4
 
 
+def test_a_refusal_costs_the_maps_and_not_the_run(model: Model) -> None:
+    def only_small(_: Model, batch: Batch) -> Tensor:
+        if batch.size != (32, 32):
+            raise RequestError("statistics of features (6, 8, 8), the images have (6, 16, 16)")
+        return batch.images.mean(1)
+
+    batch = replace(make_batch(model), explainer=only_small)
+    found = explain_again(model, with_images(batch, torch.rand(4, 3, 64, 64)), "toy")
+    assert found.status == ["failed"] * 4 and found.maps.shape == (4, 64, 64)
+    assert set(failures(found, "the mosaic").values()) == {
+        "the mosaic: statistics of features (6, 8, 8), the images have (6, 16, 16)"
+    }
+    with pytest.raises(RequestError, match="only maps were given"):
+        explain_again(model, make_batch(model), "toy")
+
+
 @pytest.mark.parametrize(
     ("name", "params"),
     [("random", {}), ("random-grid", {"draw": 1}), ("rise", {"n_masks": 8}), ("lime", {"n_samples": 12})],

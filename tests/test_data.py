@@ -14,16 +14,20 @@ from conftest import make_cnn
 from faithmap.data import (
     LoadedDataset,
     check_labels,
+    check_target,
     choose,
+    held_out,
+    load_dataset,
     make_batch,
     part_of,
     pick_targets,
     read_shard,
     shards,
+    traces,
 )
 from faithmap.errors import DataError, RequestError
-from faithmap.models import Transform
-from faithmap.records import Sample
+from faithmap.models import Model, Transform
+from faithmap.records import Sample, Spec
 from faithmap.registry import get
 from faithmap.transforms import geometry, prepare
 
@@ -111,6 +115,20 @@ def test_the_geometry_is_timms(size: tuple[int, int], crop_pct: float) -> None:
     assert torch.allclose(ours, reference(picture), atol=1e-6)
 
 
+@pytest.mark.parametrize("size", [(300, 200), (200, 300), (64, 64), (40, 30)])
+@pytest.mark.parametrize("crop_pct", [1.0, 0.875])
+def test_the_geometry_is_timms_for_what_is_no_square(size: tuple[int, int], crop_pct: float) -> None:
+    from timm.data import create_transform
+
+    small = np.random.default_rng(0).integers(0, 255, (8, 8, 3), dtype=np.uint8)
+    picture = PIL.Image.fromarray(small).resize(size[::-1], PIL.Image.Resampling.BILINEAR)
+    reference = create_transform(
+        (3, 24, 32), interpolation="bicubic", crop_pct=crop_pct, mean=(0,) * 3, std=(1,) * 3
+    )
+    ours = prepare(Sample("a", picture), Transform((24, 32), crop_pct, "bicubic")).image
+    assert torch.allclose(ours, reference(picture), atol=1e-6)
+
+
 @pytest.mark.parametrize("size", [(300, 200), (200, 300), (100, 100), (40, 37)])
 @pytest.mark.parametrize("mode", ["center", "squash"])
 def test_boxes_and_masks_follow_the_image(size: tuple[int, int], mode: str) -> None:
@@ -128,6 +146,60 @@ def test_boxes_and_masks_follow_the_image(size: tuple[int, int], mode: str) -> N
     ys, xs = torch.nonzero(prepared.mask, as_tuple=True)
     drawn = torch.tensor([xs.min(), ys.min(), xs.max() + 1, ys.max() + 1]).float()
     assert (drawn - prepared.boxes[0]).abs().max() <= 1.0
+
+
+def test_a_truth_does_not_depend_on_the_other_images(model: Model) -> None:
+    """An image with a box alone, beside one with a mask, beside one with neither; and each by itself."""
+    mask = torch.zeros(32, 32, dtype=torch.bool)
+    mask[:8, :8] = True
+    image = torch.rand(3, 32, 32)
+    samples = [
+        Sample("box", image, 0, boxes=torch.tensor([[4, 4, 12, 20]])),
+        Sample("mask", image, 0, mask=mask),
+        Sample("none", image),
+    ]
+    gives = frozenset({"label", "box", "mask"})
+    read = [(sample, prepare(sample, Transform((32, 32), 1.0))) for sample in samples]
+    together = make_batch(read, model, "predicted", None, 0, gives)
+    region = together.region()
+    assert region is not None and region.sum((1, 2)).tolist() == [8 * 16, 64, 0]
+    for i, one in enumerate(read):
+        alone = make_batch([one], model, "predicted", None, 0, gives)
+        assert alone.labels is not None and alone.boxes is not None and alone.masks is not None
+        assert torch.equal(alone.region(), region[i : i + 1])  # type: ignore[arg-type]
+        assert torch.equal(together.select([i]).region(), region[i : i + 1])  # type: ignore[arg-type]
+
+
+def test_labels_are_explained_only_where_all_images_have_one() -> None:
+    samples = [Sample("a", torch.zeros(3, 8, 8), 1), Sample("b", torch.zeros(3, 8, 8))]
+    shapes = load_dataset(Spec("shapes", {"n": 8}))
+    check_target("predicted", shapes, samples)
+    check_target("label", shapes, samples[:1])
+    with pytest.raises(RequestError, match=r"image 'b' has no label, and target = \"label\" explains it"):
+        check_target("label", shapes, samples)
+
+
+def test_a_photograph_is_known_in_another_list(tmp_path: Path) -> None:
+    shapes = load_dataset(Spec("shapes", {"n": 8}))
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "photo.jpg").write_bytes(b"12345")
+    one, two = (Sample(f"{n}/x", tmp_path / n / "photo.jpg") for n in ("one", "two"))
+    other = tmp_path / "one" / "other.jpg"
+    other.write_bytes(b"12345")
+    assert traces(shapes, [one]) == traces(shapes, [two]) != traces(shapes, [Sample("x", other)])
+    (tmp_path / "two" / "photo.jpg").write_bytes(b"123456")
+    assert traces(shapes, [one]) != traces(shapes, [two])
+    drawn = [Sample("a", torch.zeros(3, 8, 8)), Sample("b", torch.zeros(3, 8, 8))]
+    assert len(set(traces(shapes, drawn))) == 2
+
+
+def test_samples_of_one_file_stay_together(tmp_path: Path) -> None:
+    files = [tmp_path / f"{i}.jpg" for i in range(40)]
+    samples = [Sample(f"{i}/{name}", file, 0) for i, file in enumerate(files) for name in ("cat", "dog")]
+    kept, held = held_out(samples, 0.3)
+    assert len(kept) + len(held) == 80 and 8 < len(held) < 40
+    assert not {s.image for s in kept} & {s.image for s in held}
 
 
 def test_boxes_are_clipped_and_those_outside_are_gone() -> None:

@@ -472,12 +472,15 @@ class TestControls:
             assert maps[i].numpy() == pytest.approx(expected, abs=1e-6)
 
     def test_scan_untrained_is_scan_with_seeded_weights(self, model: Model) -> None:
+        from faithmap.batch import seed_of
         from faithmap.decoders import seeded_decoder
 
         batch = make_batch(model, 2)
         maps = explain("scan-untrained", model, batch, width=0.125, seed=4)
         scan = make_scan()
-        decoder = seeded_decoder(gradient_masks.layout_of(model), 0.125, 4, torch.device("cpu"))
+        decoder = seeded_decoder(
+            gradient_masks.layout_of(model), 0.125, seed_of(4, "scan", "weights"), torch.device("cpu")
+        )
         scan.load(
             model, {name: value for name, value in decoder.state_dict().items() if value.is_floating_point()}
         )

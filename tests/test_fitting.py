@@ -79,7 +79,7 @@ def test_whole_numbers_are_floats_where_floats_are_meant(model: Model) -> None:
 
 def test_the_images_that_are_seen_are_part_of_the_cause(model: Model) -> None:
     cropped = load_model("shapes/resnet", crop_pct=0.5)
-    assert asked(cropped).served == asked(model).served
+    assert asked(cropped).served != asked(model).served  # a decoder of squeezed images explains no crops
     assert asked(cropped).key != asked(model).key
     assert asked(model).key[0].isalpha()  # on the command line it is no number
 

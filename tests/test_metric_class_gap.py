@@ -108,6 +108,19 @@ def test_the_true_maps_of_two_classes_are_far_apart() -> None:
     assert float(score(batch, evidence, span=1.0, steps=2)["class_gap"].values) == pytest.approx(100.0)
 
 
+def test_of_another_class_than_the_predicted_one_its_probability_alone_tells() -> None:
+    """The agreement curve is the prediction's: by it the true map of the second class would look worst."""
+    batch = halves()
+    second = replace(batch, targets=1 - batch.targets)
+    found = score(second, evidence)
+    assert bool(found["class_gap"].values.isnan().all())
+    assert found["class_gap"].reasons == [
+        "the map explains another class than the predicted one, whose curve this is"
+    ]
+    assert float(found["class_gap@probability"].values) > 30
+    assert float(score(second, lambda m, b: -evidence(m, b))["class_gap@probability"].values) < -30
+
+
 def test_a_map_that_knows_no_class_scores_zero_and_costs_no_pass(cnn: Model) -> None:
     batch = slow.batch_of(cnn, slow.random_images(3, 32), grid=(8, 8))
     _ = batch.logits

@@ -9,12 +9,13 @@ from dataclasses import replace
 
 import pytest
 import torch
+from conftest import make_batch
 from torch import Tensor
 
 import slow_metrics as slow
 from faithmap.batch import Batch, Scored
 from faithmap.errors import RequestError
-from faithmap.explaining import MapSet
+from faithmap.explaining import MapSet, explain_batch
 from faithmap.models import Model
 from faithmap.records import Spec
 from faithmap.registry import get
@@ -144,6 +145,26 @@ def test_a_failing_explainer_fails_loudly_and_leaves_the_collector_on(batch: Bat
     with pytest.raises(ArithmeticError, match="no map today"):
         score(batch, failing)
     assert gc.isenabled()
+
+
+def test_an_image_that_fails_leaves_the_measure_as_it_is(cnn: Model) -> None:
+    """Eleven of twelve maps: eight are timed one by one, and the others with them, not one by one."""
+    calls: list[int] = []
+
+    def moody(model: Model, batch: Batch) -> Tensor:
+        calls.append(len(batch))
+        if "image-2" in batch.ids:
+            raise ValueError("not this one")
+        return gradients(model, batch)
+
+    batch = replace(make_batch(cnn, count=12), explainer=moody)
+    found = explain_batch(moody, cnn, batch)
+    calls.clear()
+    verdicts = {v.metric: v for v in score_maps(use_metric(Spec("cost")), cnn, batch, found)}
+    assert calls.count(11) == 8 and set(calls) == {1, 11}
+    timed = verdicts["ms_per_image"]
+    assert list(timed.only) == [0, 1, 3, 4, 5, 6, 7, 8]
+    assert all(timed.status[i] == "ok" for i in timed.only)
 
 
 def test_the_model_s_own_count_is_kept(batch: Batch) -> None:

@@ -92,6 +92,23 @@ class TestCascade:
             list(cascade(model, 2))
         assert meter.forwards == 0
 
+    def test_passes_on_the_copies_are_counted(self) -> None:
+        model = make_cnn()
+        with model.counting() as meter:
+            for changed in cascade(model, 2):
+                changed(torch.zeros(3, 3, 32, 32))
+        assert meter.forwards == 6
+
+    def test_what_holds_others_comes_where_it_begins(self) -> None:
+        """torchvision's transformer: positions enter with the first block, and attention reads its output
+        layer's weights without calling it."""
+        names = layers_from_the_top(load_model("torchvision/vit_b_16", pretrained=False, input_size=32,
+                                               kwargs={"image_size": 32}))  # fmt: skip
+        first = "encoder.layers.encoder_layer_0."
+        assert names.index("encoder") > names.index(f"{first}self_attention") > names.index(f"{first}mlp.0")
+        assert names.index(f"{first}self_attention.out_proj") == names.index(f"{first}self_attention") - 1
+        assert names[-2:] == ["conv_proj", ""]
+
     @pytest.mark.parametrize(("stages", "how"), [(0, "shuffled"), (2, "shuffle")])
     def test_wrong_requests_are_named(self, stages: int, how: str) -> None:
         with pytest.raises(RequestError, match=r"got 0, expected at least 1|did you mean 'shuffled'"):
@@ -148,6 +165,19 @@ class TestScores:
         drawn = module._another(batch)
         assert bool((drawn != batch.targets).all()) and len(set(drawn.tolist())) > 2
         assert torch.equal(drawn, module._another(batch))
+
+    def test_the_least_likely_class_is_another_one_too(self) -> None:
+        module = __import__("faithmap.metrics.sanity", fromlist=["_least"])
+        batch = make_batch(make_cnn(classes=2), count=30)
+        assert torch.equal(module._least(batch), 1 - batch.targets)
+
+    def test_gaps_have_no_value_where_another_class_is_explained(self, model: Model) -> None:
+        batch = make_batch(model, count=3)
+        other = replace(batch, targets=(batch.predicted + torch.tensor([0, 1, 2])) % model.num_classes)
+        found, _ = score(other, "gradcam", stages=1)
+        for name in ("sanity_class_gap", "sanity_least_gap"):
+            assert found[name].values.isnan().tolist() == [False, True, True]
+            assert [bool(reason) for reason in found[name].reasons] == [False, True, True]
 
     def test_it_must_be_named(self) -> None:
         facts = get("metric", "sanity").facts

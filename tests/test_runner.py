@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
@@ -251,6 +252,27 @@ def test_boards_of_other_images_are_not_joined(place: Path) -> None:
     faithmap.run(whole.with_run(limit=4), out=place / "four", figures=False)
     with pytest.raises(RequestError, match=r"four holds 4 images of 'squares', .*twelve 12, of which 4"):
         read_runs([place / "twelve", place / "four"])
+
+
+def test_a_shard_without_truths_is_no_other_request(place: Path) -> None:
+    """A box on one image of six, two images a shard: the others are left out with the reason."""
+    import PIL.Image
+
+    rng = np.random.default_rng(0)
+    for i in range(6):
+        PIL.Image.fromarray(rng.integers(0, 255, (32, 32, 3), dtype=np.uint8)).save(place / f"{i}.png")
+    lines = [f'{i}.png,{i % 5},"{"2,2,20,20" if i == 1 else ""}"' for i in range(6)]
+    (place / "some.csv").write_text("path,label,boxes\n" + "\n".join(lines) + "\n")
+    request = {
+        "run": {"part": "all", "batch_size": 2, "own_nulls": [], "device": "cpu"},
+        "datasets": [{"name": "imagefolder", "index": str(place / "some.csv"), "root": str(place)}],
+        "explainers": ["gradcam", "oracle"],
+        "metrics": ["energy-pointing-game", "pointing-game"],
+    }
+    rows = faithmap.run(request, models=[make_cnn()], out=place / "run", figures=False).rows()
+    energy = rows.query("metric == 'energy_pg' and explainer == 'gradcam'").set_index("image_id")
+    assert len(energy) == 6
+    assert (energy["reason"].drop("1.png") == "no object in the image").all()
 
 
 def test_a_broken_image_is_a_row_and_the_rest_is_scored(place: Path) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from faithmap.batch import Batch
@@ -50,7 +51,8 @@ def explain_again(model: Model, batch: Batch, metric: str) -> MapSet:
 
     The maps come as metrics see them: on the run's grid, brought to the images' size. One image that
     fails costs itself alone; what became of it stands in `status` and `reasons`. A constant map is
-    given as it is, its status being "empty".
+    given as it is, its status being "empty". Where the explainer refuses what a metric has made of model
+    or images, as one does whose statistics are of another size, all maps have failed, with its reason.
 
     Args:
         model: the model.
@@ -64,7 +66,11 @@ def explain_again(model: Model, batch: Batch, metric: str) -> MapSet:
         raise RequestError(
             f"metric '{metric}' calls the explainer, but only maps were given; name the explainer"
         )
-    found = explain_batch(batch.explainer, model, batch)
+    try:
+        found = explain_batch(batch.explainer, model, batch)
+    except RequestError as refusal:
+        blank = torch.zeros(len(batch), 2, 2, device=batch.images.device)
+        found = MapSet(blank, ["failed"] * len(batch), [str(refusal)] * len(batch))
     return replace(found, maps=project(found.maps, batch))
 
 

@@ -62,6 +62,8 @@ class Batch:
     context: Context
     labels: Tensor | None = None
     masks: Tensor | None = None
+    #: Bool (B,): which images have a mask of their own, where some have none; None: all.
+    masked: Tensor | None = None
     boxes: list[Tensor] | None = None
     grid: tuple[int, int] | None = None
     seed: int = 0
@@ -140,14 +142,20 @@ class Batch:
         return self.cache["ties"]
 
     def region(self) -> Tensor | None:
-        """Bool (B, H, W): the object of the labelled class, from its mask, else the union of its boxes."""
-        if self.masks is not None:
+        """Bool (B, H, W): the object of the labelled class, from its mask, else the union of its boxes.
+
+        Each image by what it has itself, whatever the others of the batch have.
+        """
+        if self.masks is not None and (self.boxes is None or self.masked is None or bool(self.masked.all())):
             return self.masks
         if self.boxes is None:
             return None
         if "region" not in self.cache:
             drawn = [box_mask(boxes, self.size) for boxes in self.boxes]
-            self.cache["region"] = torch.stack(drawn).to(self.images.device)
+            region = torch.stack(drawn).to(self.images.device)
+            if self.masks is not None and self.masked is not None:
+                region = torch.where(self.masked.view(-1, 1, 1), self.masks, region)
+            self.cache["region"] = region
         return self.cache["region"]
 
     def select(self, positions: Sequence[int]) -> Batch:
@@ -162,6 +170,7 @@ class Batch:
             context=Context(self.context.model, images),
             labels=None if self.labels is None else self.labels[index],
             masks=None if self.masks is None else self.masks[index],
+            masked=None if self.masked is None else self.masked[index],
             boxes=None if self.boxes is None else [self.boxes[i] for i in positions],
             cache={},
             notes={},

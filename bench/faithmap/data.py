@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from faithmap.config import PLACE_KEYS, located
 from faithmap.context import Context
 from faithmap.errors import DataError, RequestError
 from faithmap.models import Model
+from faithmap.pictures import Picture, file_size
 from faithmap.records import Sample, Spec, digest
 from faithmap.registry import Plugin, get
 from faithmap.transforms import Prepared, prepare
@@ -103,10 +105,46 @@ def choose(samples: Sequence[Sample], part: str, limit: int | None) -> tuple[Sam
 
 
 def held_out(samples: Sequence[Sample], share: float) -> tuple[tuple[Sample, ...], tuple[Sample, ...]]:
-    """The samples to learn from, and a share of them to test on, by hash of the ids."""
-    kept = tuple(sample for sample in samples if _share(sample.id, "held-out") >= share)
-    held = tuple(sample for sample in samples if _share(sample.id, "held-out") < share)
-    return kept, held
+    """The samples to learn from, and a share of them to test on, by hash of the ids.
+
+    Samples of one file, as of the classes in a photograph, stay together.
+    """
+    first: dict[Path, str] = {}
+    for sample in samples:
+        if (file := file_of(sample)) is not None:
+            first[file] = min(sample.id, first.get(file, sample.id))
+
+    def held(sample: Sample) -> bool:
+        file = file_of(sample)
+        return _share(sample.id if file is None else first[file], "held-out") < share
+
+    return tuple(s for s in samples if not held(s)), tuple(s for s in samples if held(s))
+
+
+def file_of(sample: Sample) -> Path | None:
+    """The file that a sample's image is read from; None where that is not known."""
+    if isinstance(sample.image, Path):
+        return sample.image
+    owner = getattr(sample.image, "__self__", None)
+    return owner.path if isinstance(owner, Picture) else None
+
+
+def traces(dataset: LoadedDataset, samples: Sequence[Sample]) -> list[str]:
+    """What each image is known by, so that images that two datasets have in common are found.
+
+    A file by its name and size, under whatever list or split it comes; what is not a file by its dataset's
+    revision and its id.
+    """
+    found = []
+    for sample in samples:
+        file = file_of(sample)
+        known = (
+            [dataset.plugin.name, dataset.revision, sample.id]
+            if file is None
+            else [file.name, file_size(file)]
+        )
+        found.append(digest(*known, length=10))
+    return found
 
 
 def _share(image_id: str, purpose: str) -> float:
@@ -125,6 +163,20 @@ def check_labels(dataset: LoadedDataset, samples: Sequence[Sample], model: Model
                 f"dataset '{dataset.label}': image '{sample.id}' has label {sample.label}, out of range for "
                 f"model '{model.name}', which has {model.num_classes} classes (0 to "
                 f"{model.num_classes - 1}); give a class map, or a model of these classes"
+            )
+
+
+def check_target(target: str, dataset: LoadedDataset, samples: Sequence[Sample]) -> None:
+    """Refuse to explain labels where an image has none.
+
+    Raises:
+        RequestError: names the image.
+    """
+    for sample in samples:
+        if target == "label" and sample.label is None:
+            raise RequestError(
+                f"dataset '{dataset.label}': image '{sample.id}' has no label, and target = \"label\" "
+                'explains it; use target = "predicted", or leave such images out'
             )
 
 
@@ -163,20 +215,26 @@ def make_batch(
     target: str,
     grid: tuple[int, int] | None,
     seed: int,
+    gives: frozenset[str] = frozenset(),
 ) -> Batch:
-    """Put loaded images on the model's device as one batch, and decide which classes are explained."""
+    """Put loaded images on the model's device as one batch, and decide which classes are explained.
+
+    Truths that the dataset gives (`gives`) are there in every batch, blank for images without them, so
+    that no metric depends on which images come together.
+    """
     device = model.device
     images = torch.stack([prepared.image for _, prepared in read]).to(device)
     context = Context(model, images)
     labels = None
-    if any(sample.label is not None for sample, _ in read):
+    if "label" in gives or any(sample.label is not None for sample, _ in read):
         labels = torch.tensor([-1 if s.label is None else s.label for s, _ in read], device=device)
-    masks = None
-    if any(prepared.mask is not None for _, prepared in read):
+    masks, masked = None, None
+    if "mask" in gives or any(prepared.mask is not None for _, prepared in read):
+        masked = torch.tensor([p.mask is not None for _, p in read], device=device)
         blank = torch.zeros(images.shape[2:], dtype=torch.bool)
         masks = torch.stack([blank if p.mask is None else p.mask for _, p in read]).to(device)
     boxes = None
-    if any(prepared.boxes is not None for _, prepared in read):
+    if "box" in gives or any(prepared.boxes is not None for _, prepared in read):
         boxes = [torch.zeros(0, 4) if p.boxes is None else p.boxes for _, p in read]
     return Batch(
         images=images,
@@ -185,6 +243,7 @@ def make_batch(
         context=context,
         labels=labels,
         masks=masks,
+        masked=masked,
         boxes=boxes,
         grid=grid,
         seed=seed,

@@ -32,7 +32,7 @@ COLUMNS = (
 ABSENT, OK, EMPTY, FAILED, SKIPPED = range(5)
 _CODES = {"ok": OK, "empty": EMPTY, "failed": FAILED, "skipped": SKIPPED}
 #: Scores known to be 0 or 100 an image, even where every image of a cell gives the same.
-_HITS = {"increase", "pointing_game"}
+_HITS = {"increase", "increase_equalised", "pointing"}
 #: Key of the reference null where the request does not show it as a line of its own.
 _HIDDEN_NULL = "\0" + REFERENCE_NULL
 

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from faithmap import fitting, tuned
 from faithmap.batch import seed_of
 from faithmap.config import located
-from faithmap.data import LoadedDataset
+from faithmap.data import LoadedDataset, traces
 from faithmap.errors import FaithmapError, RequestError
 from faithmap.explaining import describe
 from faithmap.fitting import Fit
@@ -159,9 +159,9 @@ def refuse_overlap(
     Raises:
         RequestError: there are such images.
     """
-    if dataset.plugin.name != test.plugin.name or dataset.revision != test.revision:
-        return
-    both = {sample.id for sample in samples} & {sample.id for sample in test_samples}
+    learnt = set(traces(dataset, samples))
+    known = zip(test_samples, traces(test, test_samples), strict=True)
+    both = [sample.id for sample, trace in known if trace in learnt]
     if both:
         raise RequestError(
             f"{len(both)} of the {len(test_samples)} images of '{test.label}' are among those to learn from, "

@@ -121,14 +121,17 @@ def fit_params(plugin: Plugin, params: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def served_key(plugin: Plugin, params: Mapping[str, Any], model: Model) -> str:
-    """The key of what a fit serves: explainer, version, the model's weights, input and layer, parameters."""
+    """The key of what a fit serves: explainer, version, the model's weights, input and layer, parameters.
+
+    What a model is shown is part of its input: squeezed or cropped images are other ones to a decoder.
+    """
     try:
         place: tuple[Any, ...] = (model.target_layer, model.grid, model.family)
     except RequestError:  # no spatial features
         place = (model.family,)
     return digest(
         plugin.name, plugin.facts.version, model.weights_digest(), model.mean.flatten().tolist(),
-        model.std.flatten().tolist(), model.input_size, place, fit_params(plugin, params), length=12,
+        model.std.flatten().tolist(), repr(model.transform), place, fit_params(plugin, params), length=12,
     )  # fmt: skip
 
 

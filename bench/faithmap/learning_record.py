@@ -12,9 +12,9 @@ import torch
 
 import faithmap
 from faithmap.config import PLACE_KEYS
-from faithmap.data import LoadedDataset
+from faithmap.data import LoadedDataset, traces
 from faithmap.models import Model
-from faithmap.records import Sample, digest
+from faithmap.records import Sample
 
 if TYPE_CHECKING:
     from faithmap.training import Session
@@ -44,7 +44,7 @@ def data_entry(
         "unreadable_ids": sorted(unreadable)[:NAMED],
         "plugin": dataset.plugin.name,
         "params": {k: v for k, v in dataset.params.items() if k not in PLACE_KEYS},
-        "ids": [digest(sample.id, length=10) for sample in samples],
+        "ids": traces(dataset, samples),
     }
 
 

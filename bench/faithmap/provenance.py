@@ -13,11 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import faithmap
-from faithmap.data import LoadedDataset
+from faithmap.data import LoadedDataset, traces
 from faithmap.fitting import Fit
 from faithmap.models import Model
 from faithmap.plan import ExplainerUse, Grid
-from faithmap.records import digest
 from faithmap.scoring import MetricUse
 
 LIBRARIES = (
@@ -149,8 +148,7 @@ def _scored_too(record: Mapping[str, Any], grid: Grid) -> list[str]:
     return [
         dataset.label
         for dataset, chosen in grid.datasets
-        if (dataset.plugin.name, dataset.revision) == (data.get("plugin"), data.get("revision"))
-        and any(digest(sample.id, length=10) in seen for sample in chosen)
+        if seen and not seen.isdisjoint(traces(dataset, chosen))
     ]
 
 

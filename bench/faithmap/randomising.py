@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Iterator
+from functools import partial
 
 import torch
 from torch import nn
@@ -54,6 +55,7 @@ def cascade(model: Model, stages: int, how: str = "shuffled", seed: int = 0) -> 
             _forget(changed.module.get_submodule(name), how, seed_of(seed, "randomised", name))
         done = upto
         changed.forget_digests()
+        changed.meter = model.meter  # passes on a copy are passes of the metric
         yield changed
 
 
@@ -66,17 +68,29 @@ def layers_from_the_top(model: Model) -> list[str]:
         if list(module.parameters(recurse=False))
     }
 
-    def note(name: str, _module: nn.Module, _inputs: object, _output: object) -> None:
+    def note(name: str, *_: object) -> None:
         order.pop(name, None)
         order[name] = None
 
-    with watched(holders.items(), note), model.counting() as meter, torch.no_grad():
-        model(torch.zeros(1, 3, *model.input_size, device=model.device))
-        meter.forwards = 0
+    # What holds others that hold weights has its own, such as positions, where it begins.
+    outer = {name for name in holders if any(other.startswith(f"{name}.") for other in holders)}
+    inner = [(name, module) for name, module in holders.items() if name not in outer]
+    hooks = [holders[name].register_forward_pre_hook(partial(note, name)) for name in outer if name]
+    try:
+        with watched(inner, note), model.counting() as meter, torch.no_grad():
+            model(torch.zeros(1, 3, *model.input_size, device=model.device))
+            meter.forwards = 0
+    finally:
+        for hook in hooks:
+            hook.remove()
+    # What is never called, as the output layer of an attention whose weights its parent reads, goes with
+    # its parent, the rest of it last but for a root with tokens or positions of its own.
     idle = [name for name in holders if name and name not in order]
-    # A root with tokens or positions of its own finishes last, but they enter first.
-    own = [""] if "" in holders else []
-    return [*(name for name in reversed(order) if name), *idle, *own]
+    found: list[str] = []
+    for name in (name for name in reversed(order) if name):
+        found += [*(child for child in idle if child.rpartition(".")[0] == name), name]
+    rest = [name for name in idle if name not in found]
+    return [*found, *rest, *([""] if "" in holders else [])]
 
 
 def _forget(module: nn.Module, how: str, seed: int) -> None:

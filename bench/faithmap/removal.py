@@ -113,6 +113,14 @@ def without_labels(reading: str, batch: Batch) -> list[str]:
     return ["the image has no label" if label < 0 else "" for label in batch.labels.tolist()]
 
 
+def not_predicted(batch: Batch) -> list[str]:
+    """Why the agreement curve does not tell of the target, by image; empty strings where it does."""
+    return [
+        "" if same else "the map explains another class than the predicted one, whose curve this is"
+        for same in (batch.targets == batch.predicted).tolist()
+    ]
+
+
 def curve_area(curves: Tensor, shares: Sequence[float]) -> Tensor:
     """100 times the trapezoid of curves (..., steps) over shares of pixels, not divided by the span."""
     x = torch.tensor(list(shares), dtype=torch.float64, device=curves.device)

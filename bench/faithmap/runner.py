@@ -15,7 +15,7 @@ from faithmap import multiverse, reliability
 from faithmap import store as storage
 from faithmap.comparing import chosen_figures
 from faithmap.config import Config, load_config
-from faithmap.data import check_labels, shards
+from faithmap.data import check_labels, check_target, shards
 from faithmap.engine import Observer, Silent, check_engine, run_local
 from faithmap.errors import RequestError
 from faithmap.folders import IMAGES, read_run
@@ -102,6 +102,7 @@ def run(
     for model in grid.models:
         for dataset, samples in grid.datasets:
             check_labels(dataset, samples, model)
+            check_target(grid.config.run.target, dataset, samples)
     store = RunStore(out or default_folder(grid))
     store.create()
     with store.locked():
@@ -287,6 +288,7 @@ def make_groups(grid: Grid, settings: Mapping[str, Any], library: MapLibrary | N
                     read_key=read_key,
                     dataset=dataset.label,
                     pool=Pool(dataset.samples, model),
+                    gives=dataset.gives,
                     library=library,
                 )
             )

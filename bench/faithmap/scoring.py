@@ -105,6 +105,8 @@ def project(maps: Tensor, batch: Batch) -> Tensor:
 def score_maps(use: MetricUse, model: Model, batch: Batch, found: MapSet) -> list[Verdict]:
     """Score the maps of a batch with one metric; an exception costs only the images that raise it."""
     maps = project(found.maps, batch)
+    if use.facts.sample is not None and 0 < len(found.usable) < len(batch):
+        return _measured_on(use, model, batch, found)
     if not found.usable and not use.facts.map_free:
         return _blank(use, found)
     try:
@@ -114,7 +116,7 @@ def score_maps(use: MetricUse, model: Model, batch: Batch, found: MapSet) -> lis
     except RequestError:
         raise
     except Exception as error:
-        if len(batch) == 1:
+        if len(batch) == 1 or use.facts.sample is not None:
             return _blank(
                 use, MapSet(found.maps, ["failed"], [f"metric {use.plugin.name}: {describe(error)}"])
             )
@@ -128,6 +130,27 @@ def score_maps(use: MetricUse, model: Model, batch: Batch, found: MapSet) -> lis
         for i in range(len(batch))
     ]
     return _join(parts)
+
+
+def _measured_on(use: MetricUse, model: Model, batch: Batch, found: MapSet) -> list[Verdict]:
+    """The verdicts of a metric that is measured on some images: on those that have a map."""
+    kept = found.usable
+    part = MapSet(found.maps[kept], ["ok"] * len(kept), [found.reasons[i] for i in kept])
+    verdicts = []
+    for one in score_maps(use, model, batch.select(kept), part):
+        place = {i: k for k, i in enumerate(kept)}
+        whole = range(len(batch))
+        verdicts.append(
+            Verdict(
+                one.metric,
+                [one.values[place[i]] if i in place else None for i in whole],
+                [one.status[place[i]] if i in place else found.status[i] for i in whole],
+                [one.reasons[place[i]] if i in place else found.reasons[i] for i in whole],
+                [one.curves[place[i]] if i in place else None for i in whole],
+                [kept[k] for k in one.only],
+            )
+        )
+    return verdicts
 
 
 def _checked(use: MetricUse, scores: Any) -> list[tuple[str, Values]]:

@@ -54,8 +54,10 @@ def geometry(source: tuple[int, int], transform: Transform) -> Geometry:
         return Geometry(source, transform.size, (0, 0), transform.size)
     short = math.floor(min(height, width) / transform.crop_pct)
     if height != width:
-        # A crop that is no square: scale each side by the crop share, as timm does.
-        resized = (math.floor(height / transform.crop_pct), math.floor(width / transform.crop_pct))
+        # A crop that is no square: as small as covers both sides by their crop share, as timm does.
+        sides = (math.floor(height / transform.crop_pct), math.floor(width / transform.crop_pct))
+        ratio = min(side / target for side, target in zip(source, sides, strict=True))
+        resized = (round(source[0] / ratio), round(source[1] / ratio))
     elif source[0] <= source[1]:
         resized = (short, int(short * source[1] / source[0]))
     else:

@@ -100,6 +100,11 @@ def make_optimizer(learning: nn.Module, options: Mapping[str, Any]) -> torch.opt
     """
     import timm.optim
 
+    if options["schedule"] == "none" and options["layer_decay"] != 1.0:
+        raise RequestError(
+            f"layer_decay = {options['layer_decay']} is applied by a schedule, and schedule = 'none' has "
+            "none; use schedule = constant"
+        )
     name = str(options["optimizer"])
     known = [str(entry) for entry in timm.optim.list_optimizers()]
     if name.removeprefix("lookahead_") not in known:

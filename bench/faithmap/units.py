@@ -38,6 +38,8 @@ class Group:
     pool: Pool
     done: dict[str, Done] = field(default_factory=dict)
     unreadable: set[str] = field(default_factory=set)
+    #: What the dataset's images come with, some or all of them.
+    gives: frozenset[str] = frozenset()
     #: What tells the group from another one of its model and dataset; mostly nothing.
     said: str = ""
     #: Where maps are kept that other groups of the request score as well; None keeps none.
@@ -97,7 +99,9 @@ def run_shard(group: Group, shard: Shard, pending: Sequence[Task]) -> Iterator[U
         yield _unreadable(group, missing, unreadable)
     if not read:
         return
-    batch = make_batch(read, group.model, group.config.run.target, map_grid(group.config, group.model), seed)
+    batch = make_batch(
+        read, group.model, group.config.run.target, map_grid(group.config, group.model), seed, group.gives
+    )
     batch = replace(batch, pool=group.pool)
     maps: dict[str, MapSet] = {}
     for task in pending:
