@@ -66,6 +66,8 @@ def models() -> dict[str, Model]:
 def yours(tmp_path: Path) -> Iterator[Path]:
     """A file with explainers of somebody else, forgotten afterwards."""
     registry.plugins("explainer")
+    for kind in registry.KINDS:
+        registry.plugins(kind)  # found before the register is put back, or they are lost
     before = dict(registry._plugins)
     file = tmp_path / "yours.py"
     file.write_text(YOURS, encoding="utf-8")
