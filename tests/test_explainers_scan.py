@@ -15,7 +15,7 @@ from conftest import explain, inside, make_batch, make_vit
 from torch import Tensor, nn
 
 import slow_scan
-from faithmap import gradient_masks, registry
+from faithmap import gradient_masks, registry, seen_features
 from faithmap.batch import Batch
 from faithmap.context import Context
 from faithmap.errors import FaithmapError, RequestError
@@ -159,10 +159,52 @@ class TestFit:
         assert not any(module._forward_hooks or module.training for module in model.modules())
         assert all(parameter.grad is None for parameter in model.parameters())
 
-    def test_one_pass_of_the_model_each_way_for_an_image_and_epoch(self, model: Model) -> None:
+    @pytest.mark.parametrize(("kept", "passes"), [(True, 4), (False, 8)])
+    def test_one_pass_of_the_model_each_way_for_an_image(
+        self, model: Model, kept: bool, passes: int, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """On a CPU what it gives is kept; else an epoch takes another."""
+        monkeypatch.setattr(seen_features.SeenFeatures, "pays", lambda *_: kept)
         with model.counting() as meter:
             make_scan().fit(model, make_data(model, 4), Session(), epochs=2, batch_size=4)
-        assert (meter.forwards, meter.backwards) == (8, 8)
+        assert (meter.forwards, meter.backwards) == (passes, passes)
+
+    @pytest.mark.parametrize(
+        "params", [{}, {"mask": "none"}, {"mask": "random"}, {"training_class": "predicted"}]
+    )
+    def test_what_is_kept_is_what_is_computed_anew(
+        self, model: Model, params: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        sessions = Session(), Session()
+        for session, kept in zip(sessions, (True, False), strict=True):
+            monkeypatch.setattr(seen_features.SeenFeatures, "pays", lambda *_, kept=kept: kept)
+            make_scan(**params).fit(model, make_data(model), session, epochs=2, batch_size=4)
+        assert curve_of(sessions[0]) == pytest.approx(curve_of(sessions[1]), abs=2e-3)
+
+    def test_it_pays_where_it_is_used_again_and_fits(self, model: Model) -> None:
+        layout = gradient_masks.layout_of(model)
+        pays = seen_features.SeenFeatures.pays
+        assert pays(model, layout, 1000, 2)
+        assert not pays(model, layout, 1000, 1) and not pays(model, layout, 10**7, 2)
+
+    def test_steps_in_all(self, cnn: Model) -> None:
+        sessions = {steps: Session() for steps in (3, 5)}
+        for steps, session in sessions.items():
+            make_scan().fit(cnn, make_data(cnn), session, epochs=99, steps=steps, batch_size=4)
+        assert [sorted(session.curve) for session in sessions.values()] == [[1, 2, 3], [1, 2, 3, 4, 5]]
+        with pytest.raises(RequestError, match="expected one or more of the first three, 0 or more steps"):
+            make_scan().fit(cnn, make_data(cnn), Session(), steps=-1)
+
+    def test_labels_of_other_classes_are_refused(self, cnn: Model) -> None:
+        data = make_data(cnn, 80)
+        predicted = cnn(data.images).argmax(1)
+        wrong = Data(data.images, (predicted + 1) % cnn.num_classes)
+        with pytest.raises(
+            RequestError, match=r"of the first \d+ labelled images .* predicts the label of 0"
+        ):
+            make_scan().fit(cnn, wrong, Session(), epochs=1, batch_size=16)
+        make_scan(training_class="predicted").fit(cnn, wrong, Session(), epochs=1, batch_size=16)
+        make_scan().fit(cnn, Data(data.images, predicted), Session(), epochs=1, batch_size=16)
 
     def test_labels_that_are_missing_are_predicted(self, cnn: Model) -> None:
         data = make_data(cnn)

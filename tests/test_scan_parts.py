@@ -288,6 +288,33 @@ class TestLosses:
             reconstruction.losses(*parts(), flexibility=-1.0)
 
 
+class TestToldApart:
+    def test_is_the_mean_correlation_over_cells(self) -> None:
+        confidence, colours, target = torch.rand(3, 8, 12), torch.rand(3, 3, 8, 12), torch.rand(3, 3, 8, 12)
+        found = reconstruction.told_apart(confidence, colours, target, (4, 3))
+        slow = []
+        for c, r, t in zip(confidence.numpy(), colours.numpy(), target.numpy(), strict=True):
+            error = ((t - r) ** 2).mean(0)
+            cells = [
+                [each[2 * y : 2 * y + 2, 4 * x : 4 * x + 4].mean() for y in range(4) for x in range(3)]
+                for each in (c, error)
+            ]
+            slow.append(np.corrcoef(cells)[0, 1])
+        assert float(found) == pytest.approx(np.mean(slow), abs=1e-5)
+
+    def test_an_even_confidence_tells_nothing_and_patterns_within_a_cell_do_not_count(self) -> None:
+        colours, target = torch.rand(2, 3, 8, 8), torch.rand(2, 3, 8, 8)
+        assert float(
+            reconstruction.told_apart(torch.full((2, 8, 8), 0.3), colours, target, (4, 4))
+        ) == pytest.approx(0, abs=1e-5)
+        checks = torch.tensor([[0.1, 0.5], [0.5, 0.1]]).repeat(4, 4).expand(2, 8, 8)
+        assert float(reconstruction.told_apart(checks, colours, target, (4, 4))) == pytest.approx(0, abs=1e-5)
+        squared = (target - colours).square().mean(1)
+        assert float(reconstruction.told_apart(-squared, colours, target, (4, 4))) == pytest.approx(
+            -1, abs=1e-4
+        )
+
+
 def count(layout: Layout, width: float = 1.0) -> int:
     with torch.device("meta"):
         return sum(parameter.numel() for parameter in build_decoder(layout, width).parameters())

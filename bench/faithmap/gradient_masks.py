@@ -203,14 +203,42 @@ def masked_features(
     """
     if mask not in MASKS:
         raise RequestError(f"unknown mask '{mask}'; {nearest(mask, MASKS)}")
+    values, gradients, layout = unmasked_features(context, targets, layer, score, gradients=mask != "none")
+    return apply_mask(values, gradients, layout, mask=mask, percentiles=percentiles, noise=noise)
+
+
+def unmasked_features(
+    context: Context, targets: Tensor, layer: str, score: str = "logit", *, gradients: bool = True
+) -> tuple[Tensor, Tensor | None, Layout]:
+    """F and G of eq. 1, float32 and without a graph: all that a mask is made of; G where it is asked for.
+
+    Args:
+        context: the images.
+        targets: (B,) classes.
+        layer: dotted name of the layer.
+        score: what the gradient is of; see `masked_features`.
+        gradients: whether to take them.
+    """
     layout = layout_in(context, layer)
     values = (context.outputs(layer) if layout.tokens else context.activations(layer)).float()
-    if mask == "none":
+    if not gradients:
+        return values, None, layout
+    taken = context.output_gradients if layout.tokens else context.gradients
+    return values, taken(targets, layer, score), layout
+
+
+def apply_mask(
+    values: Tensor,
+    gradients: Tensor | None,
+    layout: Layout,
+    *,
+    mask: str = "gradient",
+    percentiles: Tensor | float = 95.0,
+    noise: Tensor | None = None,
+) -> Masked:
+    """F M from F and G; arguments as for `masked_features`."""
+    if mask == "none" or gradients is None:
         return Masked(values, layout, torch.zeros(len(values), dtype=torch.bool, device=values.device))
-    if layout.tokens:
-        gradients = context.output_gradients(targets, layer, score)
-    else:
-        gradients = context.gradients(targets, layer, score)
     chosen, unmasked = gradient_mask(gradients, 0.0 if mask == "positive" else percentiles)
     if mask == "random":
         if noise is None:

@@ -146,6 +146,30 @@ class Losses:
     area: Tensor
 
 
+def told_apart(confidence: Tensor, reconstruction: Tensor, target: Tensor, grid: tuple[int, int]) -> Tensor:
+    """Correlation of confidence and squared error over the cells of an image, the mean over images: a scalar.
+
+    A decoder that has learnt no more than the area of its map is as confident everywhere, whatever it gets
+    wrong, and the correlation is near 0; images where one of the two does not vary count as 0. Pixels would
+    show the pattern of the transposed convolutions instead.
+
+    Args:
+        confidence: (B, H, W).
+        reconstruction: (B, 3, H, W).
+        target: (B, 3, H, W).
+        grid: (h, w) cells.
+    """
+    squared = (target - reconstruction).square().mean(1)
+    cells = [
+        torch.nn.functional.adaptive_avg_pool2d(each.float().unsqueeze(1), grid).flatten(1)
+        for each in (confidence, squared)
+    ]
+    one, two = (each - each.mean(1, keepdim=True) for each in cells)
+    scale = one.norm(dim=1) * two.norm(dim=1)
+    found = (one * two).sum(1) / scale.clamp_min(1e-12)
+    return torch.where(scale > 1e-9, found, torch.zeros_like(found)).mean()
+
+
 def losses(
     confidence: Tensor,
     reconstruction: Tensor,
