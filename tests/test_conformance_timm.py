@@ -28,23 +28,22 @@ NETS: dict[str, dict[str, Any]] = {
     "timm/resnet18": {},
     "timm/vgg11": {"mlp_ratio": 1 / 16},
 }
-#: They pass the image once for each channel: here on narrow networks, on the wide ones where minutes do not
-#: count.
+#: They pass the image once for each channel, or dozens of changed images.
 CHANNELWISE = ("ablationcam", "scorecam", "scorecam++")
-NARROW = ("timm/vit_tiny_patch16_224", "timm/convnext_atto")
-#: They pass dozens of changed images, which VGG takes ten times as long for as the others.
 PERTURBING = ("kernel-shap", "lime", "mask", "occlusion", "rise")
-SLOWEST = "timm/vgg11"
+#: A transformer and a CNN; the others where minutes do not count.
+FEW = ("timm/vit_tiny_patch16_224", "timm/mobilenetv2_100")
+REST = tuple(name for name in NETS if name not in FEW)
 CHECKS = ("check_maps", "check_batch")
 #: A transformer that has learnt nothing spreads its attention evenly: the class token alone has large
 #: gradients, and the mask leaves nothing of the patches.
-EMPTY = {
-    "masked-features": {
-        f"check_maps[{name}]": "no patch has a gradient among the largest 5%"
-        for name in NETS
-        if NETS[name].get("img_size")
-    }
-}
+NOTHING_LEFT = "no patch has a gradient among the largest 5%"
+
+
+def empty(names: Iterable[str]) -> dict[str, dict[str, str]]:
+    """The expected failures on some of the networks."""
+    told = [f"check_maps[{name}]" for name in names if "img_size" in NETS[name]]
+    return {"masked-features": dict.fromkeys(told, NOTHING_LEFT)}
 
 
 @cache
@@ -63,30 +62,26 @@ OTHERS = [p for p in registry.plugins("explainer") if p.name not in CHANNELWISE 
 
 
 @pytest.mark.slow
-@conformance.parametrized("explainer", OTHERS, models=models(NETS), only=CHECKS, expected_failures=EMPTY)
+@conformance.parametrized("explainer", OTHERS, models=models(FEW), only=CHECKS, expected_failures=empty(FEW))
 def test_explainers(case: Case) -> None:
     case.run()
 
 
 @pytest.mark.slow
-@conformance.parametrized("explainer", PERTURBING, models=models({*NETS} - {SLOWEST}), only=CHECKS)
-def test_explainers_that_perturb(case: Case) -> None:
-    case.run()
-
-
-@pytest.mark.slow
-@conformance.parametrized("explainer", CHANNELWISE, models=models(NARROW), only=CHECKS)
-def test_explainers_that_go_by_channels(case: Case) -> None:
+@conformance.parametrized("explainer", PERTURBING + CHANNELWISE, models=models(FEW[:1]), only=CHECKS)
+def test_explainers_of_many_passes(case: Case) -> None:
     case.run()
 
 
 @pytest.mark.long
-@conformance.parametrized("explainer", PERTURBING, models=models([SLOWEST]), only=CHECKS)
-def test_explainers_that_perturb_on_a_slow_network(case: Case) -> None:
+@conformance.parametrized(
+    "explainer", OTHERS, models=models(REST), only=CHECKS, expected_failures=empty(REST)
+)
+def test_explainers_on_the_other_networks(case: Case) -> None:
     case.run()
 
 
 @pytest.mark.long
-@conformance.parametrized("explainer", CHANNELWISE, models=models({*NETS} - {*NARROW}), only=CHECKS)
-def test_explainers_that_go_by_channels_on_wide_networks(case: Case) -> None:
+@conformance.parametrized("explainer", PERTURBING + CHANNELWISE, models=models([*REST, FEW[1]]), only=CHECKS)
+def test_explainers_of_many_passes_on_the_other_networks(case: Case) -> None:
     case.run()
