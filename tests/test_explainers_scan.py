@@ -169,17 +169,25 @@ class TestFit:
             make_scan().fit(model, make_data(model, 4), Session(), epochs=2, batch_size=4)
         assert (meter.forwards, meter.backwards) == (passes, passes)
 
-    @pytest.mark.parametrize(
-        "params", [{}, {"mask": "none"}, {"mask": "random"}, {"training_class": "predicted"}]
-    )
-    def test_what_is_kept_is_what_is_computed_anew(
-        self, model: Model, params: dict[str, Any], monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        sessions = Session(), Session()
-        for session, kept in zip(sessions, (True, False), strict=True):
-            monkeypatch.setattr(seen_features.SeenFeatures, "pays", lambda *_, kept=kept: kept)
-            make_scan(**params).fit(model, make_data(model), session, epochs=2, batch_size=4)
-        assert curve_of(sessions[0]) == pytest.approx(curve_of(sessions[1]), abs=2e-3)
+    @pytest.mark.parametrize("mask", ["gradient", "none"])
+    def test_what_is_kept_is_what_is_computed_anew(self, model: Model, mask: str) -> None:
+        """Image by image, in any company, and once alone."""
+        module, data = inside("scan"), make_data(model, 5)
+        training = module._Training(make_scan(mask=mask), model, 0, "fp32")
+        training.keep_features(5, 2)
+        assert training.seen is not None
+        for chosen in ([0, 1, 2], [4, 2, 3, 0]):
+            images, labels = data.images[chosen], data.labels[chosen]
+            kept, anew = training.seen.get(images, labels), training._features(images, labels)
+            assert torch.allclose(kept[0], anew[0], atol=1e-5)
+            assert (kept[1] is None) == (anew[1] is None) == (mask == "none")
+            if kept[1] is not None and anew[1] is not None:
+                assert torch.allclose(kept[1], anew[1], atol=1e-5)
+        with model.counting() as meter:
+            again = training.seen.get(data.images[:3], data.labels[:3])
+        assert meter.forwards == 0 and torch.equal(
+            again[0], training.seen.get(data.images, data.labels)[0][:3]
+        )
 
     def test_it_pays_where_it_is_used_again_and_fits(self, model: Model) -> None:
         layout = gradient_masks.layout_of(model)
