@@ -9,7 +9,7 @@ from faithmap.batch import Scored
 from faithmap.perturb import tied_share
 from faithmap.regions import blanked
 from faithmap.removal import (
-    READINGS,
+    by_reading,
     curve_area,
     removal_curves,
     steps_to,
@@ -24,9 +24,7 @@ if TYPE_CHECKING:
     from faithmap.records import Direction
 
 DIRECTIONS: dict[str, Direction] = {"pos_auc": "lower", "neg_auc": "higher", "auc_d": "higher"}
-SCORES: dict[str, Direction] = {
-    name + reading: direction for reading in READINGS for name, direction in DIRECTIONS.items()
-}
+SCORES = by_reading(DIRECTIONS)
 
 
 @metric(

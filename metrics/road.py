@@ -11,7 +11,7 @@ from faithmap.perturb import removal_ranks_both, step_counts
 from faithmap.regions import blanked
 from faithmap.removal import (
     NOISE,
-    READINGS,
+    by_reading,
     read_curves,
     removal_logits,
     shared_tie_order,
@@ -26,9 +26,7 @@ if TYPE_CHECKING:
     from faithmap.records import Direction
 
 DIRECTIONS: dict[str, Direction] = {"road": "higher", "road_morf": "lower", "road_lerf": "higher"}
-SCORES: dict[str, Direction] = {
-    name + reading: direction for reading in READINGS for name, direction in DIRECTIONS.items()
-}
+SCORES = by_reading(DIRECTIONS)
 
 
 @metric(

@@ -48,11 +48,17 @@ class Universe:
         return f"{self.target} class, {self.map_grid} grid"
 
 
-def universes(config_target: Target, config_grid: MapGrid, wanted: VariantSettings) -> list[Universe]:
-    """What is to be computed, the run's own way first, then in the order of the request."""
-    targets = dict.fromkeys([config_target, *wanted.targets])
-    grids = dict.fromkeys([config_grid, *wanted.map_grids])
-    return [Universe(target, grid) for target in targets for grid in grids]
+def _by_target(grid: Grid) -> dict[Target, list[Universe]]:
+    """What is to be computed, by target: the run's own grid first, then in the order of the request.
+
+    Predictions come first: another target needs only the images on which it differs from them.
+    """
+    run, wanted = grid.config.run, _wanted(grid)
+    targets = sorted(
+        dict.fromkeys([run.target, *wanted.targets]), key=lambda target: target != DEFAULT_TARGET
+    )
+    grids = dict.fromkeys([run.map_grid, *wanted.map_grids])
+    return {target: [Universe(target, each) for each in grids] for target in targets}
 
 
 def check(grid: Grid) -> None:
@@ -100,11 +106,7 @@ def run_variants(
     own = _methods_alone(grid)
     described = []
     predicted: dict[tuple[str, str], dict[str, int]] = {}
-    all_of_them = universes(grid.config.run.target, grid.config.run.map_grid, _wanted(grid))
-    # Predictions are learnt first: another target needs only the images on which it differs from them.
-    all_of_them.sort(key=lambda universe: universe.target != DEFAULT_TARGET)
-    for target in dict.fromkeys(universe.target for universe in all_of_them):
-        same = [universe for universe in all_of_them if universe.target == target]
+    for target, same in _by_target(grid).items():
         groups = {universe: _groups(own, settings, universe, same, library, predicted) for universe in same}
         due = [group for made in groups.values() for group in made if group.shards]
         if due:
@@ -133,10 +135,12 @@ def planned(
     grid: Grid, settings: Mapping[str, Any], library: MapLibrary
 ) -> list[tuple[Universe, list[Group]]]:
     """All that may have to be computed: of another target, each image that has a label."""
-    own, wanted = _methods_alone(grid), _wanted(grid)
-    found = universes(grid.config.run.target, grid.config.run.map_grid, wanted)
-    same = {u: [other for other in found if other.target == u.target] for u in found}
-    return [(u, _groups(own, settings, u, same[u], library, {})) for u in found]
+    own = _methods_alone(grid)
+    return [
+        (universe, _groups(own, settings, universe, same, library, {}))
+        for same in _by_target(grid).values()
+        for universe in same
+    ]
 
 
 def own_way(grid: Grid) -> dict[str, Any]:

@@ -5,7 +5,7 @@ Shared by all metrics that remove pixels in a map's order and ask whether the de
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -14,11 +14,17 @@ from faithmap.batch import Batch, seed_of
 from faithmap.errors import RequestError
 from faithmap.models import Model
 from faithmap.perturb import make_fill, masked_logits, removal_ranks_both, step_counts, tie_order
+from faithmap.records import Direction
 
 #: How logits are read: the decision is that on the clean image; it is the label; the target's probability.
 READINGS = ("", "@label", "@probability")
 #: Standard deviation of the noisy linear fill, in units of the [0, 1] image (as in ROAD's code).
 NOISE = 0.01
+
+
+def by_reading(directions: Mapping[str, Direction]) -> dict[str, Direction]:
+    """The scores of a metric in every reading, with their directions."""
+    return {name + reading: direction for reading in READINGS for name, direction in directions.items()}
 
 
 def steps_to(metric: str, span: float, steps: int) -> tuple[float, ...]:

@@ -108,7 +108,7 @@ def _section(each: Orders, figures: Sequence[str]) -> list[str]:
         f"{each.reversed_somewhere} of the {each.pairs} pairs are significantly reversed between some two "
         "variants."
     )
-    where = _where(each)
+    where = _first(each) + ("" if each.scored else ", which is not on the run's board")
     parts += [
         said,
         f"One choice changed, the others as in {where} ({each.variants[0].title}), and over all settings of "
@@ -122,9 +122,9 @@ def _section(each: Orders, figures: Sequence[str]) -> list[str]:
     return parts + _left_out(each)
 
 
-def _where(each: Orders) -> str:
-    """What the first variant is: that of the run's own board, or one that it has not scored."""
-    return "the run" if each.scored else "the first variant, which is not on the run's board"
+def _first(each: Orders) -> str:
+    """What the first variant is: the run's own, or one that it has not scored."""
+    return "the run" if each.scored else "the first variant"
 
 
 def _left_out(each: Orders) -> list[str]:
@@ -166,9 +166,9 @@ def _methods_table(each: Orders) -> str:
                 f"{ranks[:, m].min()}{DASH}{ranks[:, m].max()}", f"{100 * (ranks[:, m] == 1).mean():.0f}",
             ]
         )  # fmt: skip
-    where = "in the run" if each.scored else "in the first variant"
+    where = _first(each)
     header = [
-        "Explainer", f"Rank {where}", f"AUC-D {where}", "Median rank", "Ranks over all variants",
+        "Explainer", f"Rank in {where}", f"AUC-D in {where}", "Median rank", "Ranks over all variants",
         "First in (%)",
     ]  # fmt: skip
     return table(header, lines)
@@ -184,7 +184,6 @@ def _draw_ranks(each: Orders, figure: Figure) -> None:
 
     panel = figure.subplots()
     order = np.argsort(each.ranks[0], kind="stable")
-    where = "in the run" if each.scored else "in the first variant"
     for row, m in enumerate(order):
         ranks, times = np.unique(each.ranks[:, m], return_counts=True)
         panel.plot([ranks.min(), ranks.max()], [row, row], color="#CCCCCC", linewidth=1.2, zorder=1)
@@ -194,7 +193,7 @@ def _draw_ranks(each: Orders, figure: Figure) -> None:
         )  # fmt: skip
         panel.plot(
             [each.ranks[0, m]], [row], marker="|", markersize=13, markeredgewidth=2, color=PALETTE[1],
-            linestyle="none", zorder=3, label=where if row == 0 else None,
+            linestyle="none", zorder=3, label=f"in {_first(each)}" if row == 0 else None,
         )  # fmt: skip
     panel.set_yticks(range(len(order)), [each.methods[m] for m in order], color=INK)
     panel.set(xlim=(0.4, len(order) + 0.6), ylim=(len(order) - 0.4, -0.6), xlabel="Rank by AUC-D (1 is best)")
