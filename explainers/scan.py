@@ -32,7 +32,7 @@ JUDGED, LEAST_AGREEING = 64, 0.05
 #: The parameters that a trained decoder depends on.
 FIT_PARAMS = (
     "layer", "alpha", "flexibility", "lowest_percentile", "stretch", "squash", "blur", "weighting",
-    "scalar", "training_class", "width", "mask",
+    "scalar", "training_class", "width", "skips", "mask",
 )  # fmt: skip
 
 
@@ -65,7 +65,7 @@ class Scan:
     Published: alpha 4, percentile 95 (drawn from U(70, 100) in training), lambda 0.1, the decoder's
     outline, the layers. Read from the authors' codes, where they agree: the forms of eq. 4 to 8, no
     stopped gradients, Adam at 1e-3. Where they differ there is a parameter: `weighting`, `stretch`,
-    `blur`, `scalar`, `training_class`. An image without any positive gradient is not masked, as in both
+    `blur`, `scalar`, `training_class`, `skips`. An image without any positive gradient is not masked, as in both
     codes; it is noted.
 
     Args:
@@ -85,6 +85,8 @@ class Scan:
         training_class: whose gradient masks in training: "label" (PyTorch code; the prediction where there
             is no label) or "predicted" (TensorFlow code).
         width: multiplies the decoder's channels; 1 as published, less for small models.
+        skips: of a CNN's decoder: a skip around each pair of residual modules (PyTorch code), or none
+            (TensorFlow code). A transformer's has none in either.
         mask: "gradient"; "positive" keeps all positive gradients (percentile 0); "none" and "random" (as many
             entries, anywhere) are controls.
         output: "confidence", or "error": the distance of the reconstruction from its target in [-1, 1], mean
@@ -109,6 +111,7 @@ class Scan:
         scalar: str = "logit",
         training_class: str = "label",
         width: float = 1.0,
+        skips: bool = True,
         mask: str = "gradient",
         output: str = "confidence",
     ) -> None:
@@ -129,7 +132,7 @@ class Scan:
         _one_of("training_class", training_class, TRAINING_CLASSES)
         _one_of("mask", mask, MASKS)
         _one_of("output", output, OUTPUTS)
-        self.layer, self.width, self.mask, self.scalar = layer, width, mask, scalar
+        self.layer, self.width, self.skips, self.mask, self.scalar = layer, width, skips, mask, scalar
         self.alpha, self.flexibility, self.weighting = alpha, flexibility, weighting
         self.percentile, self.lowest_percentile = percentile, lowest_percentile
         self.stretch, self.squash, self.blur = stretch, squash, blur
@@ -169,7 +172,8 @@ class Scan:
         from faithmap.errors import RequestError
         from faithmap.gradient_masks import layout_of
 
-        decoder = seeded_decoder(layout_of(model, self.layer), self.width, 0, model.device)
+        layout = layout_of(model, self.layer)
+        decoder = seeded_decoder(layout, self.width, 0, model.device, skips=self.skips)
         expected = _weights(decoder)
         shapes = {name: tuple(value.shape) for name, value in tensors.items()}
         if shapes != {name: tuple(value.shape) for name, value in expected.items()}:
@@ -304,7 +308,9 @@ class _Training:
         self.method, self.model, self.seed, self.precision = method, model, seed, precision
         self.layout: Layout = layout_of(model, method.layer)
         first = seed_of(seed, "scan", "weights")
-        self.decoder = seeded_decoder(self.layout, method.width, first, model.device).train()
+        self.decoder = seeded_decoder(
+            self.layout, method.width, first, model.device, skips=method.skips
+        ).train()
         self.adam = torch.optim.Adam(self.decoder.parameters())
         self.step = 0
         self.seen: SeenFeatures | None = None

@@ -359,6 +359,20 @@ class TestDecoders:
         with pytest.raises(RequestError, match="expected a power of two times the features along both axes"):
             build_decoder(maps(4, grid, size))
 
+    def test_skips_around_the_pairs_can_be_left_out(self) -> None:
+        layout, features = maps(6, (4, 4), (8, 8)), draw(2, 6, 4, 4).float()
+        decoders = [seeded_decoder(layout, 0.1, 0, torch.device("cpu"), skips=s).eval() for s in (True, False)]
+        for skips, decoder in zip((1, 0), decoders, strict=True):
+            first, second = decoder.rungs
+            with torch.no_grad():
+                x = decoder.first(decoder.enter(features))
+                x = decoder.doublings[0](skips * x + first.pair(x))
+                x = skips * x + second.pair(x)
+                expected = decoder.leave(decoder.last(x))
+                torch.testing.assert_close(decoder(features, (4, 4)), expected)
+        weights, others = (decoder.state_dict() for decoder in decoders)
+        assert all(torch.equal(weights[name], others[name]) for name in weights)
+
     def test_a_width_must_be_positive(self) -> None:
         with pytest.raises(RequestError, match="width: got 0, expected above 0"):
             build_decoder(maps(4, (4, 4), (8, 8)), 0.0)

@@ -213,12 +213,13 @@ class TokenDecoder(nn.Module):
 Decoder = MapDecoder | TokenDecoder
 
 
-def build_decoder(layout: Layout, width: float = 1.0) -> Decoder:
+def build_decoder(layout: Layout, width: float = 1.0, skips: bool = True) -> Decoder:
     """The decoder for a layer's features, on torch's device of the moment, freshly made.
 
     Args:
         layout: what the features look like.
         width: multiplies channels; 1 as published, less for models smaller than the paper's.
+        skips: a skip around each pair of residual modules; of a CNN's decoder alone.
 
     Raises:
         RequestError: the grid is not a power of two below the image, or the width not above 0.
@@ -228,16 +229,18 @@ def build_decoder(layout: Layout, width: float = 1.0) -> Decoder:
     count = doublings(layout.size, layout.grid)
     if layout.tokens:
         return TokenDecoder(layout.channels, count, width)
-    return MapDecoder(layout.channels, count, width)
+    return MapDecoder(layout.channels, count, width, skips)
 
 
-def seeded_decoder(layout: Layout, width: float, seed: int, device: torch.device) -> Decoder:
+def seeded_decoder(
+    layout: Layout, width: float, seed: int, device: torch.device, *, skips: bool = True
+) -> Decoder:
     """A decoder whose weights are a function of the seed alone; no global random state is touched.
 
     They are drawn on the CPU, as torch draws them by default, and laid out as convolutions like them.
     """
     with torch.device("meta"):
-        decoder = build_decoder(layout, width)
+        decoder = build_decoder(layout, width, skips)
     decoder.to_empty(device="cpu")
     generator = torch.Generator().manual_seed(seed)
     for module in decoder.modules():

@@ -60,7 +60,7 @@ class Bar:
             self._task,
             advance=1,
             description=f"{self._place} · {cell}",
-            said=f"{images / max(seconds, 1e-9):.0f} images/s",
+            said=told_rate(images, seconds),
             left=f"{clock(self._clock.left())} left",
         )
 
@@ -104,9 +104,8 @@ class Lines:
         if time.monotonic() - self._last < self._every and self._done < self._units:
             return
         self._last = time.monotonic()
-        rate = images / max(seconds, 1e-9)
         self._say(
-            f"{self._done}/{self._units} {self._place}, {cell}: {rate:.0f} images/s, "
+            f"{self._done}/{self._units} {self._place}, {cell}: {told_rate(images, seconds)}, "
             f"{clock(self._clock.left())} left"
         )
 
@@ -191,6 +190,19 @@ def told_check(plugin: str, failed: int, seconds: float) -> str:
     """What the checks of a plugin came to, in a line."""
     found = f"{failed} failed, so it is marked unreliable" if failed else "all passed"
     return f"checked {plugin}, which is not built in: {found} ({seconds:.1f} s)"
+
+
+def told_rate(images: int, seconds: float) -> str:
+    """Images a second; images a minute or an hour of methods so slow that these say more.
+
+    >>> told_rate(160, 10), told_rate(16, 60), told_rate(1, 60)
+    ('16 images/s', '16 images/min', '60 images/h')
+    """
+    rate = images / max(seconds, 1e-9)
+    for unit, lasts in (("s", 1), ("min", 60), ("h", 3600)):
+        if rate * lasts >= 10 or unit == "h":
+            break
+    return f"{rate * lasts:.0f} images/{unit}"
 
 
 def clock(seconds: float) -> str:
