@@ -65,8 +65,8 @@ class Scan:
     Published: alpha 4, percentile 95 (drawn from U(70, 100) in training), lambda 0.1, the decoder's
     outline, the layers. Read from the authors' codes, where they agree: the forms of eq. 4 to 8, no
     stopped gradients, Adam at 1e-3. Where they differ there is a parameter: `weighting`, `stretch`,
-    `blur`, `scalar`, `training_class`, `skips`. An image without any positive gradient is not masked, as in both
-    codes; it is noted.
+    `blur`, `scalar`, `training_class`, `skips`. An image without any positive gradient is not masked, as in
+    both codes; it is noted.
 
     Args:
         layer: dotted name of the layer; by default the block halfway up a vision transformer (the 6th of 12),
@@ -84,7 +84,8 @@ class Scan:
         scalar: what the gradient is of: "logit" (PyTorch code) or "probability" (TensorFlow code).
         training_class: whose gradient masks in training: "label" (PyTorch code; the prediction where there
             is no label) or "predicted" (TensorFlow code).
-        width: multiplies the decoder's channels; 1 as published, less for small models.
+        width: multiplies the decoder's channels; by default 1 as published, and 0.25 for images of less than
+            128 pixels a side, such as those of the embedded models.
         skips: of a CNN's decoder: a skip around each pair of residual modules (PyTorch code), or none
             (TensorFlow code). A transformer's has none in either.
         mask: "gradient"; "positive" keeps all positive gradients (percentile 0); "none" and "random" (as many
@@ -110,7 +111,7 @@ class Scan:
         weighting: str = "amplified",
         scalar: str = "logit",
         training_class: str = "label",
-        width: float = 1.0,
+        width: float | None = None,
         skips: bool = True,
         mask: str = "gradient",
         output: str = "confidence",
@@ -125,7 +126,8 @@ class Scan:
         _within("lowest_percentile", lowest_percentile, 0, 100)
         _within("stretch", stretch, 0, math.inf)
         _within("blur", blur, 0, math.inf)
-        _within("width", width, 0, 8, open_low=True)
+        if width is not None:
+            _within("width", width, 0, 8, open_low=True)
         _one_of("squash", squash, SQUASHES)
         _one_of("weighting", weighting, WEIGHTINGS)
         _one_of("scalar", scalar, READINGS)
@@ -177,8 +179,9 @@ class Scan:
         expected = _weights(decoder)
         shapes = {name: tuple(value.shape) for name, value in tensors.items()}
         if shapes != {name: tuple(value.shape) for name, value in expected.items()}:
+            told = "" if self.width is None else f" of width {self.width:g}"
             raise RequestError(
-                f"scan: these tensors are no decoder of width {self.width:g} for model '{model.name}'; "
+                f"scan: these tensors are no decoder{told} for model '{model.name}'; "
                 "give those that were fitted for this model, layer and width"
             )
         decoder.load_state_dict({name: value.float() for name, value in tensors.items()}, strict=False)

@@ -28,7 +28,7 @@ def scan_untrained(
     layer: str | None = None,
     percentile: float = 95.0,
     scalar: str = "logit",
-    width: float = 1.0,
+    width: float | None = None,
     stretch: float = 0.15,
     seed: int = 0,
 ) -> Maps:
@@ -43,7 +43,7 @@ def scan_untrained(
         model: the model.
         batch: images with targets.
         layer, percentile, scalar: what is masked and how; as for `masked-features`.
-        width: multiplies the decoder's channels; 1 as published.
+        width: multiplies the decoder's channels; by default as for `scan`.
         stretch: constant of the stretching sine.
         seed: of the decoder's weights, which are those that a fit of `scan` with that seed begins with.
     """

@@ -359,9 +359,20 @@ class TestDecoders:
         with pytest.raises(RequestError, match="expected a power of two times the features along both axes"):
             build_decoder(maps(4, grid, size))
 
+    @pytest.mark.parametrize("kind", [maps, tokens])
+    @pytest.mark.parametrize(("side", "width"), [(64, 0.25), (96, 0.25), (128, 1.0), (224, 1.0)])
+    def test_small_images_get_a_narrow_decoder_unless_a_width_is_given(
+        self, kind: type, side: int, width: float
+    ) -> None:
+        layout = kind(48, (side // 8, side // 8), (side, side))
+        shapes = [[p.shape for p in build_decoder(layout, w).parameters()] for w in (None, width, 0.5)]
+        assert shapes[0] == shapes[1] != shapes[2]
+
     def test_skips_around_the_pairs_can_be_left_out(self) -> None:
         layout, features = maps(6, (4, 4), (8, 8)), draw(2, 6, 4, 4).float()
-        decoders = [seeded_decoder(layout, 0.1, 0, torch.device("cpu"), skips=s).eval() for s in (True, False)]
+        decoders = [
+            seeded_decoder(layout, 0.1, 0, torch.device("cpu"), skips=s).eval() for s in (True, False)
+        ]
         for skips, decoder in zip((1, 0), decoders, strict=True):
             first, second = decoder.rungs
             with torch.no_grad():

@@ -30,6 +30,8 @@ BLOCKS, HEAD = 4, 64
 TOKEN_CHANNELS = 32
 #: Confidence, and three colours.
 OUTPUTS = 4
+#: The published width is for images of 224 pixels. Below so many pixels a side the default is less.
+SMALL, SMALL_WIDTH = 128, 0.25
 
 
 def doublings(size: tuple[int, int], grid: tuple[int, int]) -> int:
@@ -55,6 +57,11 @@ def misfit(model: Model) -> str | None:
     except RequestError as error:
         return str(error)
     return None
+
+
+def default_width(layout: Layout) -> float:
+    """What multiplies the channels unless a width is given: 1 as published, 0.25 for small images."""
+    return SMALL_WIDTH if max(layout.size) < SMALL else 1.0
 
 
 def scaled(channels: int, width: float) -> int:
@@ -213,17 +220,19 @@ class TokenDecoder(nn.Module):
 Decoder = MapDecoder | TokenDecoder
 
 
-def build_decoder(layout: Layout, width: float = 1.0, skips: bool = True) -> Decoder:
+def build_decoder(layout: Layout, width: float | None = None, skips: bool = True) -> Decoder:
     """The decoder for a layer's features, on torch's device of the moment, freshly made.
 
     Args:
         layout: what the features look like.
-        width: multiplies channels; 1 as published, less for models smaller than the paper's.
+        width: multiplies channels; `default_width` unless given.
         skips: a skip around each pair of residual modules; of a CNN's decoder alone.
 
     Raises:
         RequestError: the grid is not a power of two below the image, or the width not above 0.
     """
+    if width is None:
+        width = default_width(layout)
     if not 0 < width <= 8:
         raise RequestError(f"width: got {width:g}, expected above 0 and up to 8; 1 is the published width")
     count = doublings(layout.size, layout.grid)
@@ -233,7 +242,7 @@ def build_decoder(layout: Layout, width: float = 1.0, skips: bool = True) -> Dec
 
 
 def seeded_decoder(
-    layout: Layout, width: float, seed: int, device: torch.device, *, skips: bool = True
+    layout: Layout, width: float | None, seed: int, device: torch.device, *, skips: bool = True
 ) -> Decoder:
     """A decoder whose weights are a function of the seed alone; no global random state is touched.
 
