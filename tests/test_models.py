@@ -278,6 +278,23 @@ class TestWeights:
         with pytest.raises(RequestError, match="holds no state dict"):
             load_model(self.NAME, weights=tmp_path / "w.pth")
 
+    @pytest.mark.parametrize("auxiliary", [True, False])
+    def test_heads_for_training_may_be_there_or_not(self, auxiliary: bool, tmp_path: Path) -> None:
+        """Official files of GoogLeNet have them; what torchvision downloads and saves again has not."""
+        torch.manual_seed(0)
+        import torchvision
+
+        network = torchvision.models.googlenet(
+            num_classes=5, aux_logits=auxiliary, transform_input=True, init_weights=False
+        ).eval()
+        torch.save(network.state_dict(), tmp_path / "w.pth")
+        kwargs = {"num_classes": 5}
+        model = load_model("torchvision/googlenet", weights=tmp_path / "w.pth", input_size=64, kwargs=kwargs)
+        images = torch.rand(2, 3, 64, 64)
+        with torch.no_grad():
+            expected = network((images - model.mean) / model.std)
+            torch.testing.assert_close(model(images), expected, rtol=1e-4, atol=1e-5)
+
     def test_misfits_are_described(self, tmp_path: Path) -> None:
         path = tmp_path / "w.safetensors"
         state = self.state()

@@ -122,6 +122,19 @@ def test_any_architecture_comes_back(name: str, kwargs: dict[str, Any], tmp_path
     assert loaded.target_layer == model.target_layer and loaded.grid == model.grid
 
 
+def test_an_architecture_with_heads_for_training_comes_back(tmp_path: Path) -> None:
+    import torchvision
+
+    file = tmp_path / "w.pth"
+    kwargs = {"aux_logits": False, "init_weights": False}
+    torch.save(torchvision.models.googlenet(**kwargs).state_dict(), file)
+    params = {"weights": str(file), "input_size": 64}
+    model = load_model("torchvision/googlenet", **params)
+    spec = Spec("torchvision/googlenet", params)
+    finetuning.finetune(asked(model, n=8, base=finetuning.base_of(spec, model), options={"epochs": 1}))
+    assert load_model("tuned/mine").num_classes == 8
+
+
 def test_a_model_of_ones_own_comes_back(tmp_path: Path) -> None:
     file = tmp_path / "mine.py"
     file.write_text(

@@ -17,6 +17,8 @@ COMMON_KEYS = (
     "weights", "pretrained", "mean", "std", "input_size", "crop_pct", "interpolation", "crop_mode",
     "layer", "family", "kwargs", "head",
 )  # fmt: skip
+#: Attributes of torchvision's networks that hold heads for training alone.
+AUXILIARY = ("aux1", "aux2", "AuxLogits")
 INTERPOLATIONS = ("bicubic", "bilinear", "nearest", "lanczos")
 
 
@@ -73,6 +75,7 @@ def load_state(module: nn.Module, state: Mapping[str, torch.Tensor], path: Path,
     Raises:
         RequestError: they do not fit the network.
     """
+    leave_auxiliary(module, state)
     fault = misfit(module.state_dict(), state)
     if fault:
         raise RequestError(f"model '{name}': the weights in {path} do not fit: {fault}")
@@ -111,6 +114,17 @@ def read_state(path: Path, name: str) -> Mapping[str, torch.Tensor]:
     if not isinstance(state, Mapping) or not all(isinstance(value, torch.Tensor) for value in state.values()):
         raise RequestError(f"model '{name}': {path} holds no state dict; expected names with tensors")
     return state
+
+
+def leave_auxiliary(module: nn.Module, state: Mapping[str, torch.Tensor]) -> None:
+    """Take away heads for training alone that a network is built with and a state dict has not.
+
+    torchvision's GoogLeNet and Inception have them unless it downloads their weights itself.
+    """
+    for name in AUXILIARY if getattr(module, "aux_logits", False) else ():
+        if getattr(module, name, None) is not None and not any(key.startswith(f"{name}.") for key in state):
+            setattr(module, name, None)
+            module.aux_logits = False  # type: ignore[assignment]
 
 
 def misfit(expected: Mapping[str, torch.Tensor], given: Mapping[str, torch.Tensor]) -> str:
@@ -191,6 +205,9 @@ def _torchvision(name: str, params: Mapping[str, Any]) -> tuple[nn.Module, dict[
         "crop_pct": preset.crop_size[0] / preset.resize_size[0], "interpolation": preset.interpolation.value,
     }  # fmt: skip
     kwargs = dict(params.get("kwargs") or {})
+    if name in ("googlenet", "inception_v3"):
+        # As torchvision sets it with its own weights, which expect colours on a scale of their own.
+        kwargs = {"transform_input": True, "init_weights": False, **kwargs}
     download = _wants_download(params)
     try:
         module = torchvision.models.get_model(name, weights=weights if download else None, **kwargs)

@@ -135,9 +135,10 @@ def load(name: str, params: Mapping[str, Any]) -> Model:
     record = found.record
     module = _architecture(record["base"]).module
     put_head(module, record["head"], int(record["classes"]))
-    from faithmap.model_sources import misfit
+    from faithmap.model_sources import leave_auxiliary, misfit
 
     state = found.tensors()
+    leave_auxiliary(module, state)
     fault = misfit(module.state_dict(), state)
     if fault:
         raise RequestError(
