@@ -20,10 +20,10 @@ DENOMINATORS = ("score", "magnitude")
 
 
 def _forwards(model: Model, params: Mapping[str, Any]) -> float:
-    """At most: the features, and one image a channel."""
+    """At most: the features, one image a channel, and two of two to see whether channels share a pass."""
     from faithmap.cam import channel_count
 
-    return 1.0 + channel_count(model, params.get("layer"))
+    return 5.0 + channel_count(model, params.get("layer"))
 
 
 @explainer(
@@ -95,13 +95,12 @@ def _ablated_scores(
             rows = 1 if shared else len(part)
             with torch.no_grad(), ablation.of(part):
                 logits = model(image.expand(rows, -1, -1, -1))
-            model.meter.forwards += len(part) - rows
             result[b, part] = logits[:, target]
     return result
 
 
 def _shares_its_trunk(model: Model, image: Tensor, ablation: _Ablation, channels: Tensor) -> bool:
-    """Whether one pass up to the layer may serve many channels, by three uncounted passes of an image.
+    """Whether one pass up to the layer may serve many channels, by two passes of two channels.
 
     The rows then part ways behind the layer alone. That is right wherever later layers meet earlier
     ones by broadcasting sums at most, and is tried against whole passes rather than guessed.
@@ -110,7 +109,7 @@ def _shares_its_trunk(model: Model, image: Tensor, ablation: _Ablation, channels
 
     def logits(rows: int) -> Tensor:
         with torch.no_grad(), ablation.of(channels):
-            output: Tensor = model.module(model.normalise(image.expand(rows, -1, -1, -1)))
+            output: Tensor = model(image.expand(rows, -1, -1, -1))
         return output
 
     whole = logits(len(channels))

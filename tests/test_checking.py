@@ -65,7 +65,9 @@ class TestCheck:
         assert lines[0].strip() == "explainer centre"
         assert lines[1].split() == ["check", "shapes/resnet"]
         for name in conformance.check_names("explainer"):
-            assert (name in shown) == (name not in ("check_memory", "check_fit", "check_resume"))
+            assert (name in shown) == (
+                name not in ("check_tried", "check_memory", "check_fit", "check_resume")
+            )
         assert "skipped check_interruption on shapes/resnet: passes no image" in shown
         assert "1 plugin, 17 passed, 1 skipped" in lines[-1]
 
@@ -120,7 +122,7 @@ class TestCheck:
     def test_a_plugin_that_does_not_load_says_why(
         self, typed: Typed, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setitem(registry._broken, "metric", {"my_metric": "SyntaxError: no"})
+        monkeypatch.setitem(registry._broken, "metric", {"my-metric": "SyntaxError: no"})
         code, shown = typed("check", "my-metric")
         assert code == 2
         assert "metric 'my-metric' could not be loaded: SyntaxError: no" in shown
@@ -182,6 +184,16 @@ class TestNew:
                 "would hide the Python module of that name; choose another, such as my-torch",
             ),
             ("dataset", "random", "would hide the Python module"),
+            (
+                "metric",
+                "round",
+                "'round' means something else in the file; choose another name, such as my-round",
+            ),
+            ("dataset", "range", "means something else in the file"),
+            ("dataset", "partial", "means something else in the file"),
+            ("metric", "removal-ranks", "means something else in the file"),
+            ("metric", "status", "the score of metric 'status': 'status' is a column of every board"),
+            ("metric", "auc-d", "'auc_d' is a column of the score 'auc_d' of metric 'perturbation'"),
         ],
     )
     def test_names_that_will_not_do(

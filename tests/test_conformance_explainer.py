@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import re
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -61,7 +63,7 @@ def failing(results: tuple[conformance.Result, ...]) -> dict[str, str]:
 def test_a_good_method_passes_everything() -> None:
     results = checked(gradient, slow=True)
     assert {result.status for result in results} == {"passed"}, results
-    of_fits = {"check_fit", "check_resume"}
+    of_fits = {"check_fit", "check_resume", "check_tried"}
     expected = [name for name in conformance.check_names("explainer") if name not in of_fits]
     assert [result.check for result in results] == expected
     assert {result.model for result in results} == {"", "tiny"}
@@ -210,6 +212,31 @@ def keeping(model: Model, batch: Batch) -> Tensor:
     return gradient(model, batch)
 
 
+def keeping_images(model: Model, batch: Batch) -> Tensor:
+    KEPT.append(batch.images)
+    return gradient(model, batch)
+
+
+def keeping_graphs(model: Model, batch: Batch) -> Tensor:
+    KEPT.append(model(batch.images.clone().requires_grad_()).sum())
+    return gradient(model, batch)
+
+
+def beside_the_meter(model: Model, batch: Batch) -> Tensor:
+    images = model.normalise(batch.images).requires_grad_()
+    (found,) = torch.autograd.grad(model.module(images).gather(1, batch.targets[:, None]).sum(), images)
+    return found.abs().sum(1)
+
+
+def on_a_copy(model: Model, batch: Batch) -> Tensor:
+    return gradient(model, batch) + 0 * copy.deepcopy(model.module)(batch.images).sum()
+
+
+def peeking(model: Model, batch: Batch) -> Tensor:
+    assert batch.masks is not None
+    return gradient(model, batch) + batch.masks
+
+
 BROKEN: list[tuple[str, Method, dict[str, Any], str]] = [
     ("check_facts", gradient, {"version": 0}, "Raise it whenever the values change"),
     ("check_facts", gradient, {"source": " "}, "Name the paper"),
@@ -219,6 +246,9 @@ BROKEN: list[tuple[str, Method, dict[str, Any], str]] = [
     ("check_maps", coarse, {}, "coarse numbers tie pixels"),
     ("check_maps", flat, {}, "expected a tensor"),
     ("check_maps", raising, {}, "ValueError: no such layer"),
+    ("check_maps", peeking, {}, "masks and boxes are None unless needs= names them"),
+    ("check_facts", peeking, {"needs": {"mask"}}, 'role="control"'),
+    ("check_facts", gradient, {"families": {"cnn", "vitt"}}, "did you mean 'vit'"),
     ("check_same_seed", drifting, {}, "batch.generator(i)"),
     ("check_batch", stretched_over_the_batch, {}, "not over the batch"),
     ("check_batch", seeded_by_place, {}, "seed by image"),
@@ -241,6 +271,8 @@ BROKEN: list[tuple[str, Method, dict[str, Any], str]] = [
     ("check_cost", passing_twice, {}, "2 forwards counted for 1 image"),
     ("check_cost", gradient, {"forwards": 2}, "exact_cost=False"),
     ("check_cost", passing_twice, {"exact_cost": False}, "expected at most 1"),
+    ("check_cost", beside_the_meter, {"forwards": 0, "backwards": 0}, "Call model(images), not model.module"),
+    ("check_cost", on_a_copy, {}, "images go through the network itself, where they are not counted"),
     ("check_interruption", hooked_without_finally, {}, "finally block"),
     ("check_interruption", swallowing, {}, "Catch only errors that you can mend"),
 ]
@@ -258,16 +290,30 @@ def test_a_broken_promise_is_told_by_its_check_alone(
     assert advice in found[check]
 
 
-def test_growth_is_told() -> None:
-    found = failing(checked(keeping, slow=True))
+@pytest.mark.parametrize("method", [keeping, keeping_images, keeping_graphs])
+def test_growth_is_told(method: Method) -> None:
+    """However small the images are on which it is looked for."""
+    found = failing(checked(method, forwards=2 if method is keeping_graphs else 1, slow=True))
+    assert set(found) == {"check_memory"}, found
+    assert re.search(r"100 calls leave \d+ tensors of [\d.]+ MB behind", found["check_memory"])
+    assert "Keep no tensors in globals" in found["check_memory"]
+
+
+def test_growth_that_holds_no_tensor_is_told() -> None:
+    words: list[bytes] = []
+
+    def hoarding(model: Model, batch: Batch) -> Tensor:
+        words.append(b"x" * (400_000 + len(words)))
+        return gradient(model, batch)
+
+    found = failing(checked(hoarding, slow=True))
     assert set(found) == {"check_memory"}, found
     assert "100 calls grow the process by" in found["check_memory"]
-    assert "Keep no tensors in globals" in found["check_memory"]
 
 
 def test_every_check_has_a_method_that_breaks_it() -> None:
     # Fits are broken in test_fitting.py.
-    elsewhere = {"check_memory", "check_fit", "check_resume"}
+    elsewhere = {"check_memory", "check_tried", "check_fit", "check_resume"}
     assert {case[0] for case in BROKEN} | elsewhere == set(conformance.check_names("explainer"))
 
 
@@ -333,18 +379,36 @@ def test_rounding_is_no_dependence_on_the_batch() -> None:
     def ill_conditioned(model: Model, batch: Batch) -> Tensor:
         """As if large numbers cancelled: an error of the type's precision, another in each batch."""
         precision = torch.finfo(next(model.parameters()).dtype).eps
-        return gradient(model, batch) + 1e5 * precision * len(batch) * batch.images.mean(1)
+        maps = gradient(model, batch)
+        return maps + size * precision * len(batch) * maps.max() * batch.images.mean(1)
 
+    size = 1e3
     results = checked(ill_conditioned)
     (found,) = [result for result in results if result.check == "check_batch"]
     assert found.status == "passed", found
     assert "by rounding (none in double precision)" in found.message
+    size = 1e5  # an error of a hundredth is one, whatever it comes of
+    assert "not over the batch" in failing(checked(ill_conditioned))["check_batch"]
 
 
 def test_where_it_is_not_defined_nothing_is_tried() -> None:
     results = checked(raising, families={"vit"})
     assert {r.status for r in results if r.check != "check_facts"} == {"skipped"}
     assert {r.message for r in results if r.model} == {"defined for vit, not for cnn"}
+
+
+@pytest.mark.parametrize("facts", [{"families": {"cn"}}, {"defined_for": lambda model: "never"}])
+def test_a_method_that_is_tried_on_nothing_does_not_pass(facts: dict[str, Any]) -> None:
+    @registry.explainer(version=1, source="a test", name="planted", **facts)
+    def planted(model: Model, batch: Batch) -> Tensor:
+        """A method that a test plants."""
+        return gradient(model, batch)
+
+    found = failing(conformance.check_explainer(planted, slow=False))
+    assert "it is defined for none of shapes/resnet (" in found["check_tried"]
+    assert "Name one that it is defined for" in found["check_tried"]
+    if "defined_for" in facts:  # on models that are named it need not be defined
+        assert failing(conformance.check_explainer(planted, MODELS, slow=False)) == {}
 
 
 def test_a_broken_defined_for_is_told() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -54,6 +56,110 @@ def test_the_name_is_the_functions_with_hyphens() -> None:
         """A method of one's own."""
 
     assert registry.get("explainer", "my-own-method").target is my_own_method
+
+
+DOUBLE = """
+from faithmap import explainer
+
+@explainer(version=1, source="a test")
+def gradcam(model, batch):
+    \"\"\"Brightness under a known name.\"\"\"
+    return batch.images.mean(1)
+"""
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["-m", "faithmap", "run", "--plugin", "mine.py", "--explainers", "gradcam", "--dry-run"],
+        ["-c", "import mine; from faithmap import registry; registry.get('explainer', 'layercam')"],
+    ],
+    ids=["named by a flag", "imported before"],
+)
+def test_a_built_in_plugin_is_not_replaced(words: list[str], tmp_path: Path) -> None:
+    """Whichever is registered first; in a process of its own, where nothing is found yet."""
+    (tmp_path / "mine.py").write_text(DOUBLE)
+    done = subprocess.run([sys.executable, *words], capture_output=True, text=True, check=False, cwd=tmp_path)
+    assert done.returncode
+    assert "two explainers are named 'gradcam'" in done.stderr
+    assert "mine.py" in done.stderr and "give one of them another name" in done.stderr
+
+
+class Entry:
+    """An entry point as importlib.metadata gives it."""
+
+    dist = None
+
+    def __init__(self, name: str, loaded: object) -> None:
+        self.name, self.value, self._loaded = name, f"theirs:{name}", loaded
+
+    def load(self) -> object:
+        if isinstance(self._loaded, BaseException):
+            raise self._loaded
+        return self._loaded
+
+
+def test_entry_points_that_give_no_plugin_say_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    def undecorated(model: object, batch: object) -> None:
+        """Not decorated."""
+
+    made = [
+        Entry("my-method", ImportError("no such part")), Entry("leaving", SystemExit(3)),
+        Entry("quiet", undecorated), Entry("empty", registry),
+        Entry("fine", registry.get("explainer", "gradcam").target),
+    ]  # fmt: skip
+    monkeypatch.setattr(registry, "entry_points", lambda group: made)
+    monkeypatch.setattr(registry, "_broken", {kind: {} for kind in registry.KINDS})
+    registry._load_entry_points("explainer")
+    assert registry.broken("explainer") == {
+        "my-method": "entry point theirs:my-method: ImportError: no such part",
+        "quiet": "entry point theirs:quiet: PluginError: it is no explainer; decorate it with "
+        "@faithmap.explainer(...)",
+        "empty": "entry point theirs:empty: PluginError: it is no explainer; decorate it with "
+        "@faithmap.explainer(...)",
+        "leaving": "entry point theirs:leaving: SystemExit: 3",
+    }
+    for name in ("my-method", "my_method"):
+        with pytest.raises(RequestError, match="could not be loaded: entry point theirs:my-method"):
+            registry.get("explainer", name)
+
+
+def test_a_file_that_leaves_the_process_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / "leaving.py").write_text("import sys\nsys.exit(3)\n")
+    with pytest.raises(RequestError, match="could not be imported: SystemExit: 3"):
+        registry.load_file(tmp_path / "leaving.py")
+
+
+@pytest.mark.parametrize("kind", registry.KINDS)
+def test_a_decorator_without_facts_says_what_is_missing(kind: str) -> None:
+    def mine(model: object, batch: object) -> None:
+        """Without facts."""
+
+    decorator = getattr(registry, kind)
+    with pytest.raises(TypeError, match=r"missing .* required keyword-only arguments: 'version'"):
+        decorator(mine)
+    more = {"metric": {"scores": {"gain": "higher"}}, "dataset": {"license": "CC0-1.0"}}
+    with pytest.raises(PluginError, match=rf"'mine' is given to @{kind} directly; write @{kind}\(version=1"):
+        decorator(mine, version=1, source="here", **more.get(kind, {}))
+
+
+@pytest.mark.parametrize(
+    ("scores", "reason"),
+    [
+        (["model"], "'model' is a column of every board"),
+        (["rank_low"], "'rank_low' is a column of every board"),
+        (["auc_d"], "'auc_d' is a column of the score 'auc_d' of metric 'perturbation'"),
+        (["area_high"], "'area_high' is a column of the score 'area' of metric 'drop'"),
+        (["auc_d_label_z"], "'auc_d_label_z' is a column of the score 'auc_d@label'"),
+        (["gain", "gain_z_low"], "'gain_z_low' is a column of the score 'gain', which is declared too"),
+    ],
+)
+def test_scores_have_columns_of_their_own(scores: list[str], reason: str) -> None:
+    with pytest.raises(PluginError, match=f"metric 'mine': its score {reason}"):
+
+        @registry.metric(version=1, source="here", scores=dict.fromkeys(scores, "higher"))
+        def mine(model: object, batch: object, maps: object) -> None:
+            """A metric of one's own."""
 
 
 def test_a_second_plugin_of_one_name_is_refused() -> None:

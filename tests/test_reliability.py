@@ -69,7 +69,7 @@ def load(folder: Path, name: str, text: str) -> None:
 def run(folder: Path, **lists: Any) -> tuple[faithmap.Run, Told]:
     told = Told()
     config = load_config({"run": {"limit": 6, "batch_size": 6, "own_nulls": []}}).with_lists(
-        models=["shapes/resnet"], **{"metrics": ["perturbation"], **lists}
+        **{"models": ["shapes/resnet"], "metrics": ["perturbation"], **lists}
     )
     return faithmap.run(config, out=folder / "run", observer=told, figures=False), told
 
@@ -98,6 +98,61 @@ def test_a_bad_one_is_not_ranked_and_the_board_says_why(tmp_path: Path) -> None:
     before = (done.path / "leaderboard.md").read_bytes()
     rebuild([done.path], None, Console(quiet=True))
     assert b"## Unreliable plugins" in (done.path / "leaderboard.md").read_bytes() and before
+
+
+DATASET = """
+import torch
+from faithmap import Sample, dataset
+
+@dataset(version=1, source="a test", license="{licence}", revision="1")
+def squares():
+    \"\"\"Noise.\"\"\"
+    for i in range(8):
+        image = torch.rand(3, 96, 96, generator=torch.Generator().manual_seed(i))
+        yield Sample(id=f"square-{{i}}", image=image, label=i % 8)
+"""
+
+
+@pytest.mark.parametrize(("licence", "status"), [("CC0-1.0", "ok"), ("", "not ranked: unreliable dataset")])
+def test_on_a_bad_dataset_nothing_is_ranked(licence: str, status: str, tmp_path: Path) -> None:
+    load(tmp_path, "squares.py", DATASET.format(licence=licence))
+    done, told = run(tmp_path, datasets=["squares"], explainers=["saliency", "gradcam"])
+    assert told.checked_plugins == [("squares", int(not licence))]
+    assert statuses(done) == {"saliency": status, "gradcam": status, "random-grid": "null"}
+
+
+ELSEWHERE = """
+from faithmap import explainer
+
+def only_wide(model):
+    return None if "convnext" in model.name else "not a ConvNeXt"
+
+@explainer(version=1, source="a test", defined_for=only_wide, forwards={passes}, backwards=1)
+def elsewhere(model, batch):
+    \"\"\"Features times gradients.\"\"\"
+    return (batch.activations() * batch.gradients()).sum(1)
+"""
+
+
+@pytest.mark.parametrize(("passes", "status"), [(1, "ok"), (7, "not ranked: unreliable")])
+def test_one_for_other_models_is_tried_on_those_of_the_run(passes: int, status: str, tmp_path: Path) -> None:
+    load(tmp_path, "elsewhere.py", ELSEWHERE.format(passes=passes))
+    lists = {"explainers": ["elsewhere", "gradcam"], "models": ["shapes/convnext"]}
+    done, _ = run(tmp_path, **lists)
+    (verdict,) = done.manifest["verdicts"].values()
+    assert {fault["model"] for fault in verdict["failed"]} == (set() if passes == 1 else {"shapes/convnext"})
+    assert statuses(done)["elsewhere"] == status
+    again, told = run(tmp_path, **lists)
+    assert told.checked_plugins == [] and statuses(again)["elsewhere"] == status
+
+
+def test_one_that_cannot_say_where_it_is_defined_costs_the_others_nothing(tmp_path: Path) -> None:
+    text = ELSEWHERE.format(passes=1).replace("model.name", "model.module.no_such_part")
+    load(tmp_path, "elsewhere.py", text)
+    done, _ = run(tmp_path, explainers=["elsewhere", "gradcam"])
+    found = statuses(done)
+    assert found["gradcam"] == "ok"
+    assert found["elsewhere"].startswith("skipped: its defined_for raises AttributeError")
 
 
 def test_a_good_one_is_ranked_and_another_file_is_checked_anew(tmp_path: Path) -> None:

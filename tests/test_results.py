@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 from rich.console import Console
 
-from faithmap import boards
+from faithmap import boards, registry
 from faithmap.folders import read_run
 from faithmap.leaderboard import build_board, write_boards
 from faithmap.records import REFERENCE_NULL
@@ -106,3 +106,33 @@ def test_nulls_and_controls_are_never_ranked(quickstart: Any) -> None:
     ]
     assert aside["rank"].isna().all()
     assert board[~board.index.isin(aside.index)]["rank"].notna().all()
+
+
+#: The three methods that faithmap is built around, and what belongs to them.
+OWN = {"scan", "scan-untrained", "masked-features", "scorecam++", "infocam"}
+#: Scored at their published budgets on fewer photographs.
+EXPENSIVE = {"rise", "lime"}
+
+
+@pytest.mark.parametrize(
+    ("name", "images", "models", "left"),
+    [("shapes-baselines", 64, 3, set()), ("imagenet-baselines", 100, 2, EXPENSIVE)],
+)
+def test_the_baselines_are_all_there(name: str, images: int, models: int, left: set[str]) -> None:
+    rows, manifest = read_run(RESULTS / name)
+    board = build_board(rows, manifest)
+    wanted = {plugin.name for plugin in registry.plugins("explainer")} - OWN - left
+    assert {entry["name"] for entry in manifest["explainers"].values()} == wanted
+    assert len(board) == models * len(wanted) and board["model"].nunique() == models
+    skipped = board["status"].str.startswith("skipped")
+    assert set(board["n"][~skipped]) == {images}
+    assert set(board["explainer"][~skipped]) == wanted
+
+
+def test_the_expensive_ones_are_scored_at_their_published_budgets() -> None:
+    rows, manifest = read_run(RESULTS / "imagenet-rise-lime")
+    held = {entry["name"]: entry["params"] for entry in manifest["explainers"].values()}
+    assert held["rise"]["n_masks"] == 8000 and held["lime"]["n_samples"] == 1000
+    board = build_board(rows, manifest)
+    lines = board[board["explainer"].isin(sorted(EXPENSIVE))]
+    assert len(lines) == 4 and (lines["n"] >= 30).all() and (lines["status"] == "ok").all()

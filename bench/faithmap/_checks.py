@@ -22,7 +22,7 @@ from faithmap.batch import Batch, box_mask
 from faithmap.context import Context
 from faithmap.errors import FaithmapError, RequestError
 from faithmap.explaining import HOOK_KINDS, describe
-from faithmap.models import Model, load_model
+from faithmap.models import PASSING, Model, load_model
 from faithmap.registry import Plugin
 
 #: A model of the kit: its name on reports, and what makes it.
@@ -33,6 +33,8 @@ DEFAULT_MODELS = ("shapes/resnet", "shapes/vit")
 TOLERANCE = 1e-4
 #: What rounding may part two equal calls by, as a share of the map's range.
 ROUNDING = 1e-5
+#: What rounding may part two maps by that agree in double precision, likewise.
+ROUNDING_LIMIT = 1e-3
 #: Least rank correlation between maps of an iterative method that should be equal.
 CORRELATION = 0.999
 #: Megabytes that a process may grow by in the calls that are watched.
@@ -274,6 +276,8 @@ class Seen:
     changes: Mapping[str, list[str]] = field(default_factory=dict)
     forwards: int = 0
     backwards: int = 0
+    #: Images given to the network past the model, which no meter sees.
+    beside: int = 0
     #: Type of the numbers that came back, where they are a tensor.
     dtype: torch.dtype | None = None
 
@@ -288,7 +292,11 @@ def watch(call: Callable[[], Any], model: Model, batch: Batch, *, gradients: boo
     result, error = None, None
     with isolated(), torch.set_grad_enabled(gradients):
         witness = Witness(model, batch)
-        with warnings.catch_warnings(record=True) as caught, model.counting() as meter:
+        with (
+            warnings.catch_warnings(record=True) as caught,
+            model.counting() as meter,
+            _beside(model) as passes,
+        ):
             warnings.simplefilter("always")
             try:
                 result = call()
@@ -298,7 +306,23 @@ def watch(call: Callable[[], Any], model: Model, batch: Batch, *, gradients: boo
     said = tuple(
         f"{w.category.__name__}: {str(w.message).splitlines()[0][:160]}" for w in caught if str(w.message)
     )
-    return Seen(result, error, said, changes, meter.forwards, meter.backwards)
+    return Seen(result, error, said, changes, meter.forwards, meter.backwards, sum(passes))
+
+
+@contextmanager
+def _beside(model: Model) -> Iterator[list[int]]:
+    """How many images go through the network without the model, which counts them; copies included."""
+    passes: list[int] = []
+
+    def note(_module: nn.Module, inputs: Any) -> None:
+        if not PASSING.depth:
+            passes.append(len(inputs[0]) if inputs and isinstance(inputs[0], Tensor) else 1)
+
+    handle = model.module.register_forward_pre_hook(note)
+    try:
+        yield passes
+    finally:
+        handle.remove()
 
 
 class InterruptionError(RuntimeError):
@@ -354,17 +378,51 @@ def resident_mb() -> float | None:
     return None
 
 
-def growth_mb(call: Callable[[], Any]) -> float | None:
-    """Megabytes that a process grows by over the watched calls, the warm-up not counted."""
-    if resident_mb() is None:
-        return None
+@dataclass(frozen=True)
+class Growth:
+    """What calls have left behind."""
+
+    #: Tensors that are alive and were not, and their megabytes. One call in two that leaves one is a leak.
+    tensors: int
+    tensors_mb: float
+    #: Megabytes that the process has grown by; None where the system does not say.
+    process_mb: float | None
+
+    @property
+    def leaks(self) -> str:
+        """What is too much, in words; empty where nothing is."""
+        if self.tensors >= CALLS // 2 or self.tensors_mb >= GROWTH_MB:
+            return f"leave {self.tensors} tensors of {self.tensors_mb:.1f} MB behind"
+        if self.process_mb is not None and self.process_mb >= GROWTH_MB:
+            return f"grow the process by {self.process_mb:.0f} MB"
+        return ""
+
+
+def growth(call: Callable[[], Any]) -> Growth:
+    """What the watched calls leave behind, the warm-up not counted.
+
+    Tensors are counted beside the process: what is small on a small image is large on a large one.
+    """
     for _ in range(WARM_UP):
         call()
-    before = resident_mb()
+    before, held = resident_mb(), live_tensors()
     for _ in range(CALLS):
         call()
-    after = resident_mb()
-    return None if before is None or after is None else after - before
+    after, kept = resident_mb(), live_tensors()
+    process = None if before is None or after is None else after - before
+    return Growth(kept[0] - held[0], kept[1] - held[1], process)
+
+
+def live_tensors() -> tuple[int, float]:
+    """How many tensors Python holds, and their megabytes; views share theirs."""
+    gc.collect()
+    count, storages = 0, {}
+    for thing in gc.get_objects():
+        if issubclass(type(thing), Tensor):  # its own word, as isinstance asks stand-ins for theirs
+            count += 1
+            with suppress(Exception):  # such as tensors without storage
+                storages[thing.untyped_storage().data_ptr()] = thing.untyped_storage().nbytes()
+    return count, sum(storages.values()) / 1e6
 
 
 # --- facts -----------------------------------------------------------------------------------------

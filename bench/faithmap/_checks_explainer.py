@@ -16,7 +16,7 @@ from faithmap._checks import (
     InterruptionError,
     check_common_facts,
     fail,
-    growth_mb,
+    growth,
     isolated,
     listed,
     tripwire,
@@ -29,13 +29,15 @@ from faithmap._trial import (
     disagreement,
     equal_enough,
     has_features,
+    may_be_rounding,
     same_bits,
     spread,
     tall,
 )
 from faithmap.costs import declared
-from faithmap.errors import PluginError
-from faithmap.explaining import bind
+from faithmap.errors import PluginError, nearest
+from faithmap.explaining import HANDED, bind
+from faithmap.records import FAMILIES
 
 #: Raises CheckError or CheckSkipped; may return a note.
 Check = Callable[[Trial], str | None]
@@ -61,7 +63,33 @@ def check_facts(trial: Trial) -> None:
             "(*, parameters)" if is_class else "(model, batch, *, parameters)",
             "Put a * before the parameters and give each a default.",
         )
+    if is_class and not any("__call__" in vars(base) for base in inspect.getmro(trial.plugin.target)):
+        raise fail("the class has no __call__", "(self, model, batch) -> maps", "Define it.")
+    truths = sorted(trial.plugin.facts.needs - HANDED)
+    if trial.plugin.facts.role == "method" and truths:
+        raise fail(
+            f"needs= names {', '.join(truths)}, which maps are scored against",
+            "a method that knows the images and the targets alone",
+            'Drop needs=, or declare role="control", which is shown beside the methods, unranked.',
+        )
+    unknown = sorted(trial.plugin.facts.families - set(FAMILIES))
+    if unknown:
+        raise fail(
+            f"families= names '{unknown[0]}'", " or ".join(FAMILIES), nearest(unknown[0], FAMILIES) + "."
+        )
     check_fit_facts(trial.plugin)
+
+
+def check_tried(trial: Trial) -> None:
+    """The explainer is defined for one model at least of those that it is tried on."""
+    reasons = {other.model: other.reason for other in trial.others}
+    if all(reasons.values()):
+        told = ", ".join(f"{name} ({reason})" for name, reason in reasons.items())
+        raise fail(
+            f"it is defined for none of {told}",
+            "a model to try it on",
+            "Name one that it is defined for (--models NAME), or mend families= or defined_for=.",
+        )
 
 
 def check_maps(trial: Trial) -> None:
@@ -73,7 +101,8 @@ def check_maps(trial: Trial) -> None:
         raise fail(
             f"the explainer raises {seen.said}",
             f"maps of {IMAGES} images",
-            "Mend the error, or say in families= or defined_for= for which models it is not defined.",
+            "Mend the error, or say in families= or defined_for= for which models it is not defined. "
+            "(Labels, masks and boxes are None unless needs= names them, as controls do.)",
         )
     maps = trial.maps()
     if not bool(torch.isfinite(maps).all()):
@@ -118,15 +147,16 @@ def check_same_seed(trial: Trial) -> str:
 def check_batch(trial: Trial) -> str:
     """A map does not depend on the other images of its batch: a batch of N equals N batches of one.
 
-    Where a formula divides by what may vanish, single precision alone can part them; what is gone
-    in double precision is rounding, which is noted, and no dependence.
+    Where a formula divides by what may vanish, single precision alone can part them, by a thousandth of
+    the range at most; what is gone in double precision is rounding, which is noted, and no dependence.
     """
     together = trial.steady_maps()
     for i, seen in enumerate(trial.alone):
-        apart = disagreement(trial, together[i], trial.maps(seen, "on one image alone")[0])
+        alone = trial.maps(seen, "on one image alone")[0]
+        apart = disagreement(trial, together[i], alone)
         if not apart:
             continue
-        if agree_in_double(trial):
+        if may_be_rounding(together[i], alone) and agree_in_double(trial):
             return f"image {i} in a batch and alone: {apart}, by rounding (none in double precision)"
         raise fail(
             f"the map of image {i} in a batch of {IMAGES} and its map alone have {apart}",
@@ -260,7 +290,7 @@ def check_frozen(trial: Trial) -> str:
         apart = disagreement(trial, one, two, FROZEN_TOLERANCE)
         if not apart:
             continue
-        if agree_in_double(trial, frozen=True):
+        if may_be_rounding(one, two) and agree_in_double(trial, frozen=True):
             return (
                 f"frozen parameters and torch.no_grad() make {apart}, by rounding (none in double precision)"
             )
@@ -317,6 +347,13 @@ def check_cost(trial: Trial) -> None:
     """Images passed through the model, forwards and backwards, are as declared."""
     facts = trial.plugin.facts
     trial.maps()
+    for seen in (trial.base, trial.alone[0]):
+        if seen.beside:
+            raise fail(
+                f"{seen.beside} images go through the network itself, where they are not counted",
+                "passes of the model",
+                "Call model(images), not model.module(...); hooks on its layers work all the same.",
+            )
     stated = declared(trial.plugin, trial.original, trial.params)
     if stated.forwards is None or stated.backwards is None:
         raise CheckSkipped("declares no forwards= and backwards=")
@@ -376,28 +413,28 @@ def _caused_by_wire(error: BaseException | None) -> bool:
 
 
 def check_memory(trial: Trial) -> None:
-    """After a warm-up of 10 calls, 100 calls grow the process by less than 20 megabytes."""
+    """After a warm-up of 10 calls, 100 calls keep no tensors and grow the process by less than 20 MB."""
     trial.maps()
     model = trial.fresh()
     image = trial.batch(model, [0])
     call = bind(trial.plugin, dict(trial.params), fit=trial.fit)
     with isolated():
-        grown = growth_mb(lambda: call(model, image.select([0])))
-        if grown is not None and grown >= GROWTH_MB:
-            # An allocator may still be finding its size; what leaks, leaks again.
-            grown = growth_mb(lambda: call(model, image.select([0])))
-    if grown is None:
-        raise CheckSkipped("this system does not say how large a process is")
-    if grown >= GROWTH_MB:
+        grown = growth(lambda: call(model, image.select([0])))
+        if grown.leaks:
+            # An allocator may still be finding its size, a cache filling; what leaks, leaks again.
+            grown = growth(lambda: call(model, image.select([0])))
+    if grown.leaks:
         raise fail(
-            f"{CALLS} calls grow the process by {grown:.0f} MB",
-            f"less than {GROWTH_MB} MB",
+            f"{CALLS} calls {grown.leaks}",
+            f"none, and less than {GROWTH_MB} MB",
             "Keep no tensors in globals, closures or on the model; detach what outlives the call.",
         )
 
 
 #: Asked of the plugin alone.
 PLUGIN_CHECKS: tuple[Check, ...] = (check_facts,)
+#: Asked of the plugin and the kit's own models together.
+ZOO_CHECKS: tuple[Check, ...] = (check_tried,)
 #: Asked on every model.
 MODEL_CHECKS: tuple[Check, ...] = (
     check_maps, check_same_seed, check_batch, check_target, check_inputs, check_weights, check_gradients,

@@ -17,6 +17,7 @@ from torch import Tensor
 from faithmap._checks import (
     CORRELATION,
     ROUNDING,
+    ROUNDING_LIMIT,
     TOLERANCE,
     CheckError,
     CheckSkipped,
@@ -30,7 +31,7 @@ from faithmap._checks import (
 )
 from faithmap.batch import Batch
 from faithmap.errors import RequestError
-from faithmap.explaining import bind, undefined
+from faithmap.explaining import RAISES, bind, undefined
 from faithmap.fitting import Fit, wants_fit
 from faithmap.models import Model, Transform
 from faithmap.records import Sample
@@ -55,6 +56,8 @@ class Trial:
         self.params = params
         self.model = model
         self._source = source
+        #: The trials on models, of the trial that is asked about the plugin alone.
+        self.others: list[Trial] = []
 
     @cached_property
     def original(self) -> Model:
@@ -76,13 +79,13 @@ class Trial:
     @cached_property
     def reason(self) -> str:
         """Why the explainer cannot be tried on the model; empty where it can."""
-        try:
-            return undefined(self.plugin, self.original, GIVES)
-        except Exception as error:
+        reason = undefined(self.plugin, self.original, GIVES)
+        if reason.startswith(RAISES):
             raise CheckError(
-                f"defined_for raises {type(error).__name__}: {error}; expected a reason or None. It is asked "
-                "about every model, so it must not count on what some models lack."
-            ) from error
+                f"{reason.removeprefix('its ')}; expected a reason or None. It is asked about every model, "
+                "so it must not count on what some models lack."
+            )
+        return reason
 
     @cached_property
     def fit(self) -> Fit | None:
@@ -274,6 +277,11 @@ def equal_enough(trial: Trial, tolerance: float = TOLERANCE) -> str:
             f"a rank correlation of at least {CORRELATION} (iterative=True), or at most {100 * tolerance:g}%"
         )
     return f"at most {100 * tolerance:g}%"
+
+
+def may_be_rounding(one: Tensor, two: Tensor) -> bool:
+    """Whether two maps are so close that single precision may be what parts them."""
+    return float((one - two).abs().nan_to_num(torch.inf).max()) <= ROUNDING_LIMIT * spread(two)
 
 
 def agree_in_double(trial: Trial, *, frozen: bool = False) -> bool:

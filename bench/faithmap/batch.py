@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
@@ -112,6 +112,19 @@ class Batch:
     def generator(self, i: int) -> torch.Generator:
         """A generator on the CPU for image i, seeded by the run, the explainer and the image's id alone."""
         return torch.Generator().manual_seed(seed_of(self.seed, self.seed_key, self.ids[i]))
+
+    def showing(self, needs: Collection[str]) -> Batch:
+        """The batch as a plugin sees it that declares these needs: no other truth, nor what makes maps."""
+        region = "region" in needs
+        masks, boxes = (region or need in needs for need in ("mask", "box"))
+        return replace(
+            self,
+            labels=self.labels if "label" in needs else None,
+            masks=self.masks if masks else None, masked=self.masked if masks else None,
+            boxes=self.boxes if boxes else None,
+            explainer=self.explainer if "explainer" in needs else None,
+            pool=self.pool if "pool" in needs else None,
+        )  # fmt: skip
 
     def note(self, which: Tensor, text: str) -> None:
         """Say of the maps of some images how they came about; it stands as the reason beside their values.

@@ -116,7 +116,7 @@ def chosen(what: str) -> list[tuple[Plugin, dict[str, object]]]:
     found = [plugin for plugin in everything if plugin.name == spec.name]
     if not found:
         for kind in registry.KINDS:
-            if spec.name.replace("-", "_") in registry.broken(kind):
+            if spec.name in registry.broken(kind):
                 registry.get(kind, spec.name)  # raises, with the reason
         raise RequestError(
             f"no plugin is named '{spec.name}'; {nearest(spec.name, (p.name for p in everything))} "

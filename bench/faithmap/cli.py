@@ -16,7 +16,7 @@ from rich.console import Console
 
 from faithmap import __version__
 from faithmap._memory import keep_freed_memory
-from faithmap.errors import FaithmapError, RequestError
+from faithmap.errors import FaithmapError, PluginError, RequestError
 
 app = typer.Typer(
     name="faithmap",
@@ -26,10 +26,10 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-OUT = Console()
-ERR = Console(stderr=True)
+OUT = Console(emoji=False)
+ERR = Console(stderr=True, emoji=False)
 if not OUT.is_terminal:
-    OUT = Console(width=120)  # a log or a pipe has no width of its own
+    OUT = Console(width=120, emoji=False)  # a log or a pipe has no width of its own
 
 Plugins = Annotated[
     list[Path] | None, typer.Option("--plugin", help="A file that registers explainers, metrics or datasets.")
@@ -64,7 +64,7 @@ def main(arguments: Sequence[str]) -> int:
     """Run one command and return its exit code."""
     try:
         code = app(list(arguments), standalone_mode=False)
-    except RequestError as error:
+    except (RequestError, PluginError) as error:
         return _say(error, 2)
     except FaithmapError as error:
         return _say(error, 1)

@@ -302,8 +302,8 @@ def _why_not(cell: Evidence, label: str, score: str) -> str:
         return cell.skipped[label]
     if cell.role(label) != "method" or label not in cell.values:
         return f"{cell.role(label)}, not a ranked method" if cell.role(label) != "method" else "no rows"
-    if not _facts(cell, label).get("reliable", True):
-        return "unreliable: it fails checks of the kit"
+    if reason := cell.unreliable(label):
+        return reason
     if cell.failed[label] > FAILED_LIMIT * cell.n:
         return f"{100 * cell.failed[label] / max(cell.n, 1):.1f}% of its maps failed"
     held, most = _images_of(cell, label), max(_images_of(cell, other) for other in cell.values)

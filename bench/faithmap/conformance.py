@@ -28,7 +28,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from faithmap import _checks_dataset, _checks_explainer, _checks_metric, registry
-from faithmap._checks import CheckError, CheckSkipped, ModelSource, isolated, named_sources
+from faithmap._checks import DEFAULT_MODELS, CheckError, CheckSkipped, ModelSource, isolated, named_sources
 from faithmap._trial import Trial
 from faithmap.errors import RequestError, nearest
 from faithmap.explaining import describe
@@ -214,7 +214,8 @@ def check_names(kind: Kind) -> list[str]:
 def _checks(kind: Kind) -> list[Callable[[Any], str | None]]:
     if kind == "explainer":
         return [
-            *_checks_explainer.PLUGIN_CHECKS, *_checks_explainer.FIT_CHECKS, *_checks_explainer.MODEL_CHECKS
+            *_checks_explainer.PLUGIN_CHECKS, *_checks_explainer.ZOO_CHECKS, *_checks_explainer.FIT_CHECKS,
+            *_checks_explainer.MODEL_CHECKS,
         ]  # fmt: skip
     return [*(_checks_metric.CHECKS if kind == "metric" else _checks_dataset.CHECKS)]
 
@@ -270,14 +271,19 @@ def _trials(
     if kind == "dataset":
         return [("", _checks_dataset.DatasetTrial(plugin, params), _checks_dataset.CHECKS)]
     sources = named_sources(models)
-    trials: list[tuple[str, Any, Sequence[Callable[[Any], str | None]]]] = [
-        ("", Trial(plugin, params, "", None), _checks_explainer.PLUGIN_CHECKS)
-    ]
+    whole = Trial(plugin, params, "", None)
+    # Models that are named need not be all that a method is defined for.
+    whole_checks = [*_checks_explainer.PLUGIN_CHECKS]
+    if sources.keys() >= set(DEFAULT_MODELS):
+        whole_checks += _checks_explainer.ZOO_CHECKS
+    trials: list[tuple[str, Any, Sequence[Callable[[Any], str | None]]]] = [("", whole, whole_checks)]
     checks = _checks_explainer.MODEL_CHECKS
     if plugin.fits:
         checks = _checks_explainer.FIT_CHECKS + checks
     for name, source in sources.items():
-        trials.append((name, Trial(plugin, params, name, source), checks))
+        trial = Trial(plugin, params, name, source)
+        whole.others.append(trial)
+        trials.append((name, trial, checks))
     return trials
 
 

@@ -102,6 +102,14 @@ class Evidence:
         """ "method", "control" or "null"."""
         return str(self.manifest.get("explainers", {}).get(label, {}).get("role", "method"))
 
+    def unreliable(self, label: str) -> str:
+        """Why a line is shown but not ranked: its method or its images fail the kit; empty where not."""
+        entries = ("explainers", label, "it"), ("datasets", self.dataset, "the dataset")
+        for kind, name, what in entries:
+            if not self.manifest.get(kind, {}).get(name, {}).get("reliable", True):
+                return f"unreliable: {what} fails checks of the kit"
+        return ""
+
     @property
     def explainers(self) -> list[str]:
         """The labels of the request, in its order."""

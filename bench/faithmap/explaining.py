@@ -15,12 +15,15 @@ from faithmap.batch import Batch, Maps, seed_of
 from faithmap.errors import PluginError, RequestError
 from faithmap.fitting import Fit
 from faithmap.models import Model
+from faithmap.parameters import keyword_only
 from faithmap.records import Status, canonical_json
-from faithmap.registry import FITTED, REDUCED, Plugin, keyword_only
+from faithmap.registry import FITTED, REDUCED, Plugin
 from faithmap.resize import reduce_to_grid
 
 #: Needs of a metric that the core meets, whatever the dataset gives.
 HANDED = frozenset({"explainer", "pool"})
+#: Begins the reason why a method has no maps where it could not even say whether it is defined.
+RAISES = "its defined_for raises"
 
 
 @dataclass(frozen=True)
@@ -44,11 +47,11 @@ def undefined(plugin: Plugin, model: Model, gives: frozenset[str] | set[str]) ->
     facts = plugin.facts
     if facts.families and model.family not in facts.families:
         return f"defined for {', '.join(sorted(facts.families))}, not for {model.family}"
-    if facts.defined_for is not None:
-        reason = facts.defined_for(model)
-        if reason:
-            return reason
-    return lacking(facts.needs, gives)
+    try:
+        reason = facts.defined_for(model) if facts.defined_for is not None else None
+    except Exception as error:  # one plugin's mistake must not cost the maps of the others
+        return f"{RAISES} {describe(error)}"
+    return reason or lacking(facts.needs, gives)
 
 
 def lacking(needs: frozenset[str], gives: frozenset[str] | set[str]) -> str:
@@ -84,7 +87,8 @@ def bind(
     # Whoever asks may have switched gradients off: a method need not think of it.
     @torch.enable_grad()
     def call(model: Model, batch: Batch) -> Maps:
-        seeded = batch.with_seed_key(key)
+        # What a map is scored against is not shown to what makes it.
+        seeded = batch.with_seed_key(key).showing(plugin.facts.needs)
         if not plugin.facts.per_image:
             return _reduced(as_maps(plugin.name, inner(model, seeded), seeded), side, model)
         maps = []

@@ -16,7 +16,7 @@ from rich.table import Table
 from faithmap import registry
 from faithmap.config import preset, preset_names, preset_text
 from faithmap.errors import RequestError, nearest
-from faithmap.records import Kind
+from faithmap.records import FAMILIES, Kind
 from faithmap.report._format import count
 
 KINDS = ("explainers", "fits", "metrics", "datasets", "models", "presets")
@@ -61,7 +61,7 @@ def _plugin(plugin: registry.Plugin) -> dict[str, Any]:
     if facts.kind == "explainer":
         entry |= {
             "role": facts.role,
-            "families": sorted(facts.families) or ["cnn", "vit"],
+            "families": sorted(facts.families or FAMILIES),
             "class_specific": facts.class_specific,
             "fit_options": plugin.fit_options,
             "needs": sorted(facts.needs),

@@ -8,6 +8,7 @@ layer, its feature grid and how its evaluation transform crops an image.
 from __future__ import annotations
 
 import hashlib
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,6 +21,25 @@ from faithmap.errors import RequestError, nearest
 from faithmap.layers import Anatomy, Reshape, as_features, find_anatomy, layer_at
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+class _Passing(threading.local):
+    """Whether a pass of the network is one that is counted, or known to be none of a method's."""
+
+    depth = 0
+
+
+PASSING = _Passing()
+
+
+@contextmanager
+def probing() -> Iterator[None]:
+    """Passes within this block tell how a network is made, mostly of a blank image: no method's cost."""
+    PASSING.depth += 1
+    try:
+        yield
+    finally:
+        PASSING.depth -= 1
 
 
 class Meter:
@@ -127,18 +147,20 @@ class Model(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits (B, classes), float32, of images (B, 3, H, W) in [0, 1]."""
-        self.meter.forwards += len(images)
         normalised = self.normalise(images)
-        if self.precision == "fp32":
-            logits = self.module(normalised)
-        else:
-            with torch.autocast(images.device.type, PRECISIONS[self.precision]):
+        with probing():
+            if self.precision == "fp32":
                 logits = self.module(normalised)
+            else:
+                with torch.autocast(images.device.type, PRECISIONS[self.precision]):
+                    logits = self.module(normalised)
         if not isinstance(logits, Tensor):
             raise RequestError(
                 f"model '{self.name}' returns a {type(logits).__name__}; "
                 "expected a tensor of logits (B, classes)"
             )
+        # Where a hook makes several rows of an image, each has its own logits.
+        self.meter.forwards += max(len(images), len(logits))
         if logits.requires_grad:
             logits.register_hook(self._count)
         return logits.float()
@@ -169,9 +191,10 @@ class Model(nn.Module):
         if self._anatomy is None:
             example = torch.zeros(1, 3, *self.input_size, device=self.device)
             try:
-                self._anatomy = find_anatomy(
-                    self.module, self.normalise(example), self._layer, self._reshape, self._family
-                )
+                with probing():
+                    self._anatomy = find_anatomy(
+                        self.module, self.normalise(example), self._layer, self._reshape, self._family
+                    )
             except RequestError as error:
                 raise RequestError(f"model '{self.name}': {error}") from error
         return self._anatomy
@@ -222,7 +245,8 @@ class Model(nn.Module):
         if place not in self._places:
             example = torch.zeros(1, 3, *self.input_size, device=self.device)
             try:
-                self._places[place] = layer_at(self.module, self.normalise(example), place)
+                with probing():
+                    self._places[place] = layer_at(self.module, self.normalise(example), place)
             except RequestError as error:
                 raise RequestError(f"model '{self.name}': {error}") from error
         return self._places[place]

@@ -21,6 +21,8 @@ Role = Literal["method", "control", "null"]
 Status = Literal["ok", "empty", "failed", "skipped"]
 Direction = Literal["higher", "lower", "none"]
 
+#: Families of models that explainers may be defined for.
+FAMILIES = ("cnn", "vit")
 #: The null that calibrates every score and stands in for maps that failed.
 REFERENCE_NULL = "random-grid"
 #: The folder of a run's variants within the run's.

@@ -21,7 +21,9 @@ from types import ModuleType
 from typing import Any, TypeVar, cast
 
 import faithmap
+from faithmap._score_names import refuse_taken
 from faithmap.errors import FaithmapError, PluginError, RequestError, nearest
+from faithmap.parameters import check_type, checked_grid, keyword_only, with_defaults
 from faithmap.records import Direction, Facts, Kind, Role
 
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -107,7 +109,7 @@ class Plugin:
         kind = self.facts.kind
         core = {}
         if kind == "explainer" and REDUCED in given and REDUCED not in known:
-            core = {REDUCED: _checked_grid(self.name, given[REDUCED])}
+            core = {REDUCED: checked_grid(self.name, given[REDUCED])}
             given = {key: value for key, value in given.items() if key != REDUCED}
         for key, value in given.items():
             if key not in known:
@@ -139,60 +141,11 @@ class Plugin:
         return bound
 
 
-def _checked_grid(name: str, value: Any) -> Any:
-    """A grid that maps may be reduced to."""
-    if value == "model" or (isinstance(value, int) and not isinstance(value, bool) and value >= 2):
-        return value
-    raise RequestError(
-        f"explainer '{name}', map_grid: got {value!r}; expected \"model\" or a side of at least 2 cells"
-    )
-
-
-def keyword_only(function: Callable[..., Any]) -> dict[str, Any]:
-    """The keyword-only parameters of a function or class with their defaults, in order."""
-    return {
-        name: parameter.default
-        for name, parameter in inspect.signature(function).parameters.items()
-        if parameter.kind is inspect.Parameter.KEYWORD_ONLY
-    }
-
-
-def with_defaults(known: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
-    """Values over defaults; a whole number given for a float becomes one, so that 4 and 4.0 are one value."""
-    values = {
-        key: float(value) if type(value) is int and type(known.get(key)) is float else value
-        for key, value in given.items()
-    }
-    return {**known, **values}
-
-
-def check_type(where: str, value: Any, default: Any) -> None:
-    """Refuse a value that the default's type excludes; a default of None admits anything.
-
-    Raises:
-        RequestError: the value is of another type.
-    """
-    if default is None or default is inspect.Parameter.empty or value is None:
-        return
-    kinds: dict[type, tuple[type, ...]] = {
-        bool: (bool,),
-        int: (int,),
-        float: (int, float),
-        str: (str, Path),
-        tuple: (tuple, list),
-        list: (tuple, list),
-    }
-    allowed = kinds.get(type(default))
-    fits = allowed is None or isinstance(value, allowed)
-    if fits and isinstance(value, bool) and type(default) in (int, float):
-        fits = False
-    if not fits:
-        raise RequestError(f"{where}: got {value!r}, expected {type(default).__name__} such as {default!r}")
-
-
 _plugins: dict[tuple[Kind, str], Plugin] = {}
 _discovered: set[Kind] = set()
 _broken: dict[Kind, dict[str, str]] = {kind: {} for kind in KINDS}
+#: What keeps a built-in plugin from being registered: another of its name.
+_clashes: dict[Kind, str] = {}
 _origin = BUILT_IN
 
 
@@ -212,7 +165,18 @@ def _register(facts: Facts, target: Callable[..., Any]) -> None:
             f"two {facts.kind}s are named '{facts.name}': {known.file} and {plugin.file}; "
             "give one of them another name (name=...)"
         )
+    if facts.kind == "metric":
+        refuse_taken(facts.name, facts.scores, scores_beside(facts.name))
     _plugins[facts.kind, facts.name] = plugin
+
+
+def scores_beside(metric: str) -> dict[str, tuple[str, ...]]:
+    """The scores of all other metrics that are registered, by the metric's name."""
+    return {
+        name: tuple(plugin.facts.scores)
+        for (kind, name), plugin in _plugins.items()
+        if kind == "metric" and name != metric
+    }
 
 
 def _origin_of(kind: Kind, file: Path | None) -> str:
@@ -244,7 +208,19 @@ def _decorator(kind: Kind, name: str | None, facts: dict[str, Any]) -> Callable[
     return decorate
 
 
+def _refuse_bare(kind: Kind, bare: Any) -> None:
+    """Refuse what is given in the place of facts. (Without facts Python says which are missing.)"""
+    if bare is not None:
+        name = getattr(bare, "__name__", repr(bare))
+        raise PluginError(
+            f"'{name}' is given to @{kind} directly; write @{kind}(version=1, "
+            'source="paper and equation", ...) above it'
+        )
+
+
 def explainer(
+    bare: Any = None,
+    /,
     *,
     version: int,
     source: str,
@@ -292,6 +268,7 @@ def explainer(
         role: "method" is ranked; "control" and "null" are shown apart.
         needs: what an image must come with: "mask", "box", "region" (either) or "label".
     """
+    _refuse_bare("explainer", bare)
     facts = {
         "version": version, "source": source, "families": frozenset(families), "defined_for": defined_for,
         "class_specific": class_specific, "forwards": forwards, "backwards": backwards,
@@ -303,6 +280,8 @@ def explainer(
 
 
 def metric(
+    bare: Any = None,
+    /,
     *,
     version: int,
     source: str,
@@ -338,6 +317,7 @@ def metric(
             the time of a run or belongs to few readers' questions.
         check_params: small settings with which the conformance kit runs the plugin.
     """
+    _refuse_bare("metric", bare)
     facts = {
         "version": version, "source": source, "scores": dict(scores), "needs": frozenset(needs),
         "bounds": dict(bounds or {}), "fallback": dict(fallback or {}), "map_free": frozenset(map_free),
@@ -348,6 +328,8 @@ def metric(
 
 
 def dataset(
+    bare: Any = None,
+    /,
     *,
     version: int,
     source: str,
@@ -370,6 +352,7 @@ def dataset(
         name: registry name; by default the function's name with hyphens.
         check_params: settings with which the conformance kit lists it, small and at hand.
     """
+    _refuse_bare("dataset", bare)
     facts = {
         "version": version, "source": source, "license": license, "revision": revision,
         "citation": citation, "gives": frozenset(gives), "check_params": dict(check_params or {}),
@@ -388,7 +371,7 @@ def get(kind: Kind, name: str) -> Plugin:
     plugin = _plugins.get((kind, name))
     if plugin is not None:
         return plugin
-    broken = _broken[kind].get(name.replace("-", "_"))
+    broken = _broken[kind].get(_hyphened(name))
     if broken:
         raise RequestError(f"{kind} '{name}' could not be loaded: {broken}")
     raise RequestError(f"unknown {kind} '{name}'; {nearest(name, (p.name for p in plugins(kind)))}")
@@ -418,6 +401,8 @@ def load_file(path: str | Path) -> list[Plugin]:
         RequestError: the file is missing, fails to import, or registers nothing.
     """
     file = Path(path).expanduser().resolve()
+    for kind in KINDS:  # before the file: it is the later one of two of a name that is refused
+        _discover(kind)
     before = dict(_plugins)
     import_file(file, origin=str(file))
     found = [
@@ -450,7 +435,7 @@ def import_file(file: Path, origin: str = "") -> ModuleType:
     except FaithmapError:
         del sys.modules[name]
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         del sys.modules[name]
         raise RequestError(f"{file} could not be imported: {type(error).__name__}: {error}") from error
     finally:
@@ -465,20 +450,44 @@ def room_files(kind: Kind) -> list[Path]:
 
 
 def _discover(kind: Kind) -> None:
-    if kind in _discovered:
-        return
-    _discovered.add(kind)
+    if kind not in _discovered:
+        _discovered.add(kind)
+        _load_rooms(kind)
+        _load_entry_points(kind)
+    if kind in _clashes:
+        raise PluginError(_clashes[kind])
+
+
+def _load_rooms(kind: Kind) -> None:
     for file in room_files(kind):
         try:
             importlib.import_module(f"faithmap.{kind}s.{file.stem}")
+        except PluginError as error:  # what a script has registered before has the name of a built-in one
+            _clashes[kind] = str(error)
         except Exception as error:
-            _broken[kind][file.stem] = f"{type(error).__name__}: {error}"
+            _broken[kind][_hyphened(file.stem)] = f"{type(error).__name__}: {error}"
+
+
+def _load_entry_points(kind: Kind) -> None:
     global _origin
     for entry in entry_points(group=f"faithmap.{kind}s"):
         previous, _origin = _origin, entry.dist.name if entry.dist else entry.name
         try:
-            entry.load()
-        except Exception as error:
-            _broken[kind][entry.name] = f"entry point {entry.value}: {type(error).__name__}: {error}"
+            if not _registers(kind, entry.load()):
+                raise PluginError(f"it is no {kind}; decorate it with @faithmap.{kind}(...)")
+        except (Exception, SystemExit) as error:
+            told = f"entry point {entry.value}: {type(error).__name__}: {error}"
+            _broken[kind][_hyphened(entry.name)] = told
         finally:
             _origin = previous
+
+
+def _registers(kind: Kind, loaded: Any) -> bool:
+    """Whether what an entry point names is a plugin, or a module that holds one or imports it."""
+    targets = [plugin.target for (known, _), plugin in _plugins.items() if known == kind]
+    if isinstance(loaded, ModuleType):
+        held = {id(value) for value in vars(loaded).values()}
+        return any(
+            id(target) in held or target.__module__.startswith(f"{loaded.__name__}.") for target in targets
+        )
+    return any(target is loaded for target in targets)

@@ -9,18 +9,21 @@ goes on keeps it, as long as the plugin's file and the libraries are the same.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from importlib.metadata import version
 from typing import Any
 
 import faithmap
+from faithmap.costs import EVERYTHING
 from faithmap.engine import Observer
+from faithmap.explaining import undefined
+from faithmap.models import Model, load_model
 from faithmap.plan import Grid
 from faithmap.records import digest
 from faithmap.registry import Plugin
 
 #: Raised when a change of the checks should have plugins checked anew.
-KIT = 1
+KIT = 2
 
 
 def judge(grid: Grid, held: Mapping[str, Any] | None, observer: Observer) -> dict[str, dict[str, Any]]:
@@ -38,10 +41,11 @@ def judge(grid: Grid, held: Mapping[str, Any] | None, observer: Observer) -> dic
     known = dict((held or {}).get("verdicts", {}))
     verdicts = {}
     for plugin, params in _outside(grid):
-        key = key_of(plugin, params)
+        models = _own_models(plugin, grid.models)
+        key = key_of(plugin, params, tuple(models))
         if key not in known:
             started = time.perf_counter()
-            known[key] = _check(plugin, params)
+            known[key] = _check(plugin, params, models)
             observer.checked(plugin.name, len(known[key]["failed"]), time.perf_counter() - started)
         verdicts[key] = known[key]
     return verdicts
@@ -62,19 +66,31 @@ def _unless_built_in(plugin: Plugin, params: dict[str, Any]) -> Iterator[tuple[P
         yield plugin, params
 
 
-def key_of(plugin: Plugin, params: Mapping[str, Any]) -> str:
+def _own_models(plugin: Plugin, models: Sequence[Model]) -> dict[str, Model]:
+    """The run's models that an explainer is defined for, where it is for none of the kit's own."""
+    facts = plugin.facts
+    if facts.kind != "explainer" or not (facts.families or facts.defined_for):
+        return {}
+    from faithmap._checks import DEFAULT_MODELS
+
+    if any(not undefined(plugin, load_model(name), EVERYTHING) for name in DEFAULT_MODELS):
+        return {}
+    return {model.name: model for model in models if not undefined(plugin, model, EVERYTHING)}
+
+
+def key_of(plugin: Plugin, params: Mapping[str, Any], models: Sequence[str] = ()) -> str:
     """What a verdict holds for: the code of the plugin, and what it was checked with."""
     facts = plugin.facts
     return digest(
         KIT, faithmap.__version__, version("torch"), facts.kind, facts.name, facts.version,
-        plugin.file_sha256(), facts.check_params, params,
+        plugin.file_sha256(), facts.check_params, params, *models,
     )  # fmt: skip
 
 
-def _check(plugin: Plugin, params: Mapping[str, Any]) -> dict[str, Any]:
+def _check(plugin: Plugin, params: Mapping[str, Any], models: Mapping[str, Model]) -> dict[str, Any]:
     from faithmap.conformance import cases, failures
 
-    made = cases(plugin.facts.kind, plugin, params=params, slow=False)
+    made = cases(plugin.facts.kind, plugin, dict(models) or None, params=params, slow=False)
     failed = failures(case.result() for case in made)
     return {
         "name": plugin.name,

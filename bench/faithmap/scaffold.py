@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import builtins
 import importlib.util
 import keyword
 import re
@@ -14,6 +16,7 @@ from typing import get_args
 from rich.console import Console
 
 from faithmap import registry
+from faithmap._score_names import taken
 from faithmap.errors import RequestError, nearest
 from faithmap.records import Kind
 
@@ -39,8 +42,8 @@ def write(kind: str, name: str, folder: Path) -> Path:
             f"{file.name} is there already and is left as it is; choose another name, or move it"
         )
     _refuse_hiding(stem, name)
-    template = (resources.files("faithmap") / "templates" / f"{checked}.txt").read_text(encoding="utf-8")
-    text = Template(template).substitute(name=name, function=stem, score=stem)
+    text = _filled(checked, name, stem)
+    _refuse_meeting(checked, name, stem)
     try:
         with file.open("x", encoding="utf-8") as stream:  # never over a file that has just appeared
             stream.write(text)
@@ -87,6 +90,26 @@ def _refuse_hiding(stem: str, name: str) -> None:
         raise RequestError(
             f"a file {stem}.py would hide the Python module of that name; choose another, such as my-{name}"
         )
+
+
+def _filled(kind: Kind, name: str, stem: str) -> str:
+    template = (resources.files("faithmap") / "templates" / f"{kind}.txt").read_text(encoding="utf-8")
+    return Template(template).substitute(name=name, function=stem, score=stem)
+
+
+def _refuse_meeting(kind: Kind, name: str, stem: str) -> None:
+    """Refuse a name that means something else within the file, or on a board."""
+    words = {node.id for node in ast.walk(ast.parse(_filled(kind, name, "_"))) if isinstance(node, ast.Name)}
+    if hasattr(builtins, stem) or stem in words:
+        raise RequestError(
+            f"'{stem}' means something else in the file; choose another name, such as my-{name}"
+        )
+    if kind == "metric":
+        reason = taken([stem], registry.scores_beside(name))
+        if reason:
+            raise RequestError(
+                f"the score of metric '{name}': {reason}; choose another name, such as my-{name}"
+            )
 
 
 def new(kind: str, name: str, console: Console) -> int:

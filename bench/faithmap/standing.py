@@ -81,8 +81,8 @@ def status_of(cell: Evidence, label: str) -> str:
         return cell.role(label)
     if label not in cell.values:
         return "not ranked: no rows"
-    if not cell.manifest.get("explainers", {}).get(label, {}).get("reliable", True):
-        return "not ranked: unreliable"
+    if reason := cell.unreliable(label):
+        return "not ranked: unreliable" + (" dataset" if "dataset" in reason else "")
     # Another metric that fails costs its own column, not the rank.
     if cell.unranked[label] > FAILED_LIMIT * cell.n:
         return f"not ranked: {100 * cell.unranked[label] / max(cell.n, 1):.1f}% failed"

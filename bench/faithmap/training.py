@@ -26,8 +26,9 @@ from faithmap.explaining import describe, guarded
 from faithmap.fitting import Fit
 from faithmap.learning_record import circumstances, curve_csv, data_entry
 from faithmap.models import Model
+from faithmap.parameters import check_type, with_defaults
 from faithmap.records import Sample, digest
-from faithmap.registry import Plugin, check_type, with_defaults
+from faithmap.registry import Plugin
 from faithmap.store import write_bytes
 from faithmap.transforms import prepare
 

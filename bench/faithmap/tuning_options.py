@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from faithmap.errors import RequestError, nearest
-from faithmap.registry import check_type, with_defaults
+from faithmap.parameters import check_type, with_defaults
 
 TRAIN = ("head", "all")
 AUGMENT = ("none", "flip", "crop")
