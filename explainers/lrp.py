@@ -54,8 +54,9 @@ def lrp(
     """The target's logit handed down to the pixels, layer by layer, each by its rule.
 
     Signed, summed over the channels. A map adds up to the logit, but for the share of biases under
-    "epsilon" and "gamma", of embeddings that are no function of the image, and of neurons without a
-    contribution of the sign that their rule asks for. Shape (B, H, W); unit: logit.
+    "epsilon" and "gamma", of embeddings and of positions (Swin's within a window, too) that are no
+    function of the image, and of neurons without a contribution of the sign that their rule asks for.
+    Shape (B, H, W); unit: logit.
 
     Rules by layer, as is usual today: "epsilon" for fully connected layers, "alpha-beta" with alpha = 1
     (z-plus) for convolutions, and the box rule for the layer that reads the image, whose pixels lie in

@@ -227,6 +227,33 @@ class TestConservation:
         weights = relevance.attention_relevance(model, images, targets, rules, seed="logit")[2]
         assert torch.allclose(2 * weights.flatten(1).sum(1).float(), arrived, rtol=1e-4)
 
+    def test_windows_but_for_their_positions(self) -> None:
+        """Relative positions are no function of the image: what they add to the attention keeps a share."""
+        from timm.models.swin_transformer import SwinTransformer
+
+        torch.manual_seed(0)
+        network = SwinTransformer(
+            img_size=32, patch_size=4, window_size=4, embed_dim=12, depths=(1, 1), num_heads=(2, 2),
+            num_classes=5,
+        )  # fmt: skip
+        with torch.no_grad():
+            for name, parameter in network.named_parameters():
+                if name.endswith("relative_position_bias_table"):
+                    parameter.normal_()
+        model = wrap(network, side=32)
+        images, targets = images_of(model), torch.tensor([0, 1])
+        rules = chefer_rules()
+        expected = logits_of(model, images, targets)
+        maps = image_relevance(model, images, targets, rules)
+        assert not torch.allclose(maps.sum((1, 2, 3)), expected, rtol=0.01)
+        with torch.no_grad():
+            for name, parameter in network.named_parameters():
+                if name.endswith("relative_position_bias_table"):
+                    parameter.zero_()
+        expected = logits_of(model, images, targets)
+        maps = image_relevance(model, images, targets, rules)
+        assert torch.allclose(maps.sum((1, 2, 3)), expected, rtol=1e-4)
+
     def test_attnlrp_but_for_the_softmax(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """What the constant term of the softmax keeps is accounted for; no biases elsewhere."""
         model = one_block()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -56,14 +57,15 @@ def check_facts(trial: Trial) -> None:
     check_common_facts(trial.plugin)
     parameters = inspect.signature(trial.plugin.target).parameters.values()
     positional = [p.name for p in parameters if p.kind is not inspect.Parameter.KEYWORD_ONLY]
-    is_class = inspect.isclass(trial.plugin.target)
+    target: Any = trial.plugin.target
+    is_class = inspect.isclass(target)
     if len(positional) != (0 if is_class else 2):
         raise fail(
             f"the signature takes {', '.join(positional) or 'nothing'} by position",
             "(*, parameters)" if is_class else "(model, batch, *, parameters)",
             "Put a * before the parameters and give each a default.",
         )
-    if is_class and not any("__call__" in vars(base) for base in inspect.getmro(trial.plugin.target)):
+    if is_class and not any("__call__" in vars(base) for base in inspect.getmro(target)):
         raise fail("the class has no __call__", "(self, model, batch) -> maps", "Define it.")
     truths = sorted(trial.plugin.facts.needs - HANDED)
     if trial.plugin.facts.role == "method" and truths:
