@@ -52,7 +52,7 @@ def plugins(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         """Noise with labels, which a network that has learnt nothing rarely meets."""
         return [Sample(f"n-{i}", image, i % 5) for i, image in enumerate(noise_images())]
 
-    @registry.dataset(version=1, source="a test", license="CC0", revision="1")
+    @registry.dataset(version=1, source="a test", license="CC0", revision="1", gives=())
     def unlabelled() -> list[Sample]:
         """The same without labels."""
         return [Sample(f"n-{i}", image) for i, image in enumerate(noise_images())]
