@@ -33,8 +33,8 @@ DEFAULT_MODELS = ("shapes/resnet", "shapes/vit")
 TOLERANCE = 1e-4
 #: What rounding may part two equal calls by, as a share of the map's range.
 ROUNDING = 1e-5
-#: What rounding may part two maps by that agree in double precision, likewise.
-ROUNDING_LIMIT = 1e-3
+#: What rounding may part two maps by that agree in double precision, likewise: at a kink it turns a sign.
+ROUNDING_LIMIT = 1e-2
 #: Least rank correlation between maps of an iterative method that should be equal.
 CORRELATION = 0.999
 #: Megabytes that a process may grow by in the calls that are watched.

@@ -149,8 +149,9 @@ def check_same_seed(trial: Trial) -> str:
 def check_batch(trial: Trial) -> str:
     """A map does not depend on the other images of its batch: a batch of N equals N batches of one.
 
-    Where a formula divides by what may vanish, single precision alone can part them, by a thousandth of
-    the range at most; what is gone in double precision is rounding, which is noted, and no dependence.
+    Where a formula divides by what may vanish, or at a kink, single precision alone can part them, by a
+    hundredth of the range at most; what is gone in double precision is rounding, which is noted, and no
+    dependence.
     """
     together = trial.steady_maps()
     for i, seen in enumerate(trial.alone):
