@@ -28,11 +28,12 @@ NETS: dict[str, dict[str, Any]] = {
     "timm/resnet18": {},
     "timm/vgg11": {"mlp_ratio": 1 / 16},
 }
-#: They pass the image once for each channel.
-CHANNELWISE = ("ablationcam", "scorecam", "scorecam++")
-#: Networks of 192 to 320 channels; of those with more, up to 1280, where minutes do not count.
-NARROW = ("timm/vit_tiny_patch16_224", "timm/deit_tiny_distilled_patch16_224", "timm/convnext_atto")
-WIDE = tuple(name for name in NETS if name not in NARROW)
+#: They pass the image once for each channel, of which networks have up to 1280, or dozens of changed images.
+MANY_PASSES = (
+    "ablationcam", "scorecam", "scorecam++", "kernel-shap", "lime", "mask", "occlusion", "rise",
+)  # fmt: skip
+#: Tried with those in every run of the tests; on the others where minutes do not count.
+FIRST = "timm/vit_tiny_patch16_224"
 CHECKS = ("check_maps", "check_batch")
 #: A transformer that has learnt nothing spreads its attention evenly: the class token alone has large
 #: gradients, and the mask leaves nothing of the patches.
@@ -57,7 +58,7 @@ def models(names: Iterable[str]) -> dict[str, Callable[[], Model]]:
     return {name: partial(net, name) for name in sorted(names)}
 
 
-OTHERS = [p for p in registry.plugins("explainer") if p.name not in CHANNELWISE]
+OTHERS = [p for p in registry.plugins("explainer") if p.name not in MANY_PASSES]
 
 
 @pytest.mark.slow
@@ -69,12 +70,12 @@ def test_explainers(case: Case) -> None:
 
 
 @pytest.mark.slow
-@conformance.parametrized("explainer", CHANNELWISE, models=models(NARROW), only=CHECKS)
-def test_explainers_that_go_channel_by_channel(case: Case) -> None:
+@conformance.parametrized("explainer", MANY_PASSES, models=models([FIRST]), only=CHECKS)
+def test_explainers_of_many_passes(case: Case) -> None:
     case.run()
 
 
 @pytest.mark.long
-@conformance.parametrized("explainer", CHANNELWISE, models=models(WIDE), only=CHECKS)
-def test_explainers_that_go_channel_by_channel_on_wide_networks(case: Case) -> None:
+@conformance.parametrized("explainer", MANY_PASSES, models=models(NETS.keys() - {FIRST}), only=CHECKS)
+def test_explainers_of_many_passes_on_the_other_networks(case: Case) -> None:
     case.run()
