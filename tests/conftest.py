@@ -52,6 +52,11 @@ def make_vit(classes: int = 5, seed: int = 0) -> Model:
     return Model(network, mean=0.5, std=0.5, input_size=SIDE, name="tiny-vit")
 
 
+def draw(*shape: int, seed: int = 0) -> torch.Tensor:
+    """Normal numbers in double precision, a function of the seed."""
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
 def make_batch(model: Model, count: int = 4, seed: int = 1, grid: tuple[int, int] | None = None) -> Batch:
     """Random images with the predictions as targets, random labels and a mask in the upper left."""
     generator = torch.Generator().manual_seed(seed)

@@ -5,12 +5,13 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 
-from faithmap.columns import BEATS, DERIVED_AFTER, FIT_COSTS, IDENTITY, PLACE, column_of
+from faithmap.columns import BEATS, DERIVED_AFTER, IDENTITY, PLACE, column_of
 from faithmap.errors import PluginError
 
 #: What a board puts behind the column of a score: its interval and its effect size.
 ENDS = re.compile(r"(_z)?(_low|_high)?$")
-RESERVED = frozenset({*IDENTITY, *PLACE, *FIT_COSTS, *DERIVED_AFTER, *BEATS.values(), "seed", "value"})
+#: What names a line or is derived on the board; all other columns are scores of a metric.
+RESERVED = frozenset({*IDENTITY, *PLACE, *DERIVED_AFTER, *BEATS.values(), "win"})
 
 
 def taken(scores: Iterable[str], held: Mapping[str, Iterable[str]]) -> str:

@@ -31,7 +31,7 @@ from faithmap._checks import (
 )
 from faithmap.batch import Batch
 from faithmap.errors import RequestError
-from faithmap.explaining import RAISES, bind, undefined
+from faithmap.explaining import EVERYTHING, bind, undefined, why_undefined
 from faithmap.fitting import Fit, wants_fit
 from faithmap.models import Model, Transform
 from faithmap.records import Sample
@@ -39,7 +39,6 @@ from faithmap.registry import Plugin
 from faithmap.training import TrainingData, fit_in_memory
 
 IMAGES = 3
-GIVES = frozenset({"label", "mask", "box"})
 
 
 class Trial:
@@ -79,13 +78,13 @@ class Trial:
     @cached_property
     def reason(self) -> str:
         """Why the explainer cannot be tried on the model; empty where it can."""
-        reason = undefined(self.plugin, self.original, GIVES)
-        if reason.startswith(RAISES):
+        try:
+            return why_undefined(self.plugin, self.original, EVERYTHING)
+        except Exception as error:
             raise CheckError(
-                f"{reason.removeprefix('its ')}; expected a reason or None. It is asked about every model, "
-                "so it must not count on what some models lack."
-            )
-        return reason
+                f"defined_for raises {type(error).__name__}: {error}; expected a reason or None. It is asked "
+                "about every model, so it must not count on what some models lack."
+            ) from error
 
     @cached_property
     def fit(self) -> Fit | None:
@@ -327,7 +326,7 @@ def tall(trial: Trial) -> Model:
         _ = model.grid if has_features(model) else None
     except Exception as error:
         raise CheckSkipped(f"the model takes no images of {size[0]} x {size[1]} pixels") from error
-    reason = undefined(trial.plugin, model, GIVES)
+    reason = undefined(trial.plugin, model, EVERYTHING)
     if reason:
         raise CheckSkipped(reason)
     return model

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from faithmap.errors import RequestError
-from faithmap.models import Model, probing
+from faithmap.models import Model, accounted_for
 
 #: Why the attention of a network cannot be read, or None, by network.
 _REASONS: WeakKeyDictionary[nn.Module, str | None] = WeakKeyDictionary()
@@ -293,7 +293,7 @@ def _failed_trial(model: Model) -> str | None:
     blank = torch.zeros(1, 3, *model.input_size, device=model.device)
     try:
         tokens = _find_tokens(model.module, model.input_size, blank.device)
-        with probing():
+        with accounted_for():
             _run(model.module, lambda: model.module(model.normalise(blank)), tokens)
     except RequestError as error:
         return str(error)

@@ -115,8 +115,8 @@ class Batch:
 
     def showing(self, needs: Collection[str]) -> Batch:
         """The batch as a plugin sees it that declares these needs: no other truth, nor what makes maps."""
-        region = "region" in needs
-        masks, boxes = (region or need in needs for need in ("mask", "box"))
+        masks = "mask" in needs or "region" in needs
+        boxes = "box" in needs or "region" in needs
         return replace(
             self,
             labels=self.labels if "label" in needs else None,

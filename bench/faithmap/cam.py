@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from faithmap.errors import RequestError, nearest
-from faithmap.models import Model, probing
+from faithmap.models import Model, accounted_for
 from faithmap.perturb import chunk_size, laid_out
 from faithmap.resize import upsample
 
@@ -60,7 +60,7 @@ def channel_count(model: Model, layer: str | None = None) -> int:
     handle = model.layer(layer).register_forward_hook(lambda _module, _inputs, output: held.append(output))
     blank = torch.zeros(1, 3, *model.input_size, device=model.device)
     try:
-        with torch.no_grad(), probing():
+        with torch.no_grad(), accounted_for():
             model.module(model.normalise(blank))
     finally:
         handle.remove()

@@ -134,7 +134,7 @@ def training(
 ) -> Training:
     """Turn the flags of `faithmap train` into a checked request, its model on the device."""
     from faithmap.config import parse_option
-    from faithmap.explaining import undefined
+    from faithmap.explaining import EVERYTHING, undefined
     from faithmap.plan import load_named
     from faithmap.registry import get
     from faithmap.runner import resolve_device
@@ -146,7 +146,7 @@ def training(
     settings = how.settings()
     checked = fit_options(plugin, dict(parse_option(text) for text in options))
     network = load_named(_of_request(request, "models", model))
-    reason = undefined(plugin, network, frozenset({"label", "mask", "box"}))
+    reason = undefined(plugin, network, EVERYTHING)
     if reason:
         raise RequestError(f"explainer '{plugin.name}': {reason}")
     images, samples = _images(_of_request(request, "datasets", dataset), how.part, how.limit)

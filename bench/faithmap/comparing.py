@@ -303,7 +303,7 @@ def _why_not(cell: Evidence, label: str, score: str) -> str:
     if cell.role(label) != "method" or label not in cell.values:
         return f"{cell.role(label)}, not a ranked method" if cell.role(label) != "method" else "no rows"
     if reason := cell.unreliable(label):
-        return reason
+        return f"{reason}: it fails checks of the kit"
     if cell.failed[label] > FAILED_LIMIT * cell.n:
         return f"{100 * cell.failed[label] / max(cell.n, 1):.1f}% of its maps failed"
     held, most = _images_of(cell, label), max(_images_of(cell, other) for other in cell.values)

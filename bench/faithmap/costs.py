@@ -7,12 +7,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from faithmap.batch import Batch
-from faithmap.explaining import bind, describe, guarded, undefined
+from faithmap.explaining import EVERYTHING, bind, describe, guarded, why_undefined
 from faithmap.models import Model
 from faithmap.registry import Plugin
-
-#: All that can be known of an image: what it lacks is a matter of the dataset.
-EVERYTHING = frozenset({"label", "mask", "box"})
 
 
 @dataclass(frozen=True)
@@ -52,7 +49,7 @@ def declared(plugin: Plugin, model: Model, params: Mapping[str, Any] | None = No
 def ask(plugin: Plugin, model: Model) -> Statement:
     """Whether an explainer is defined for a model, and what it declares; whatever its functions do."""
     try:
-        reason = undefined(plugin, model, EVERYTHING)
+        reason = why_undefined(plugin, model, EVERYTHING)
         passes = Passes(None, None) if reason else declared(plugin, model)
     except Exception as error:  # one plugin must not cost the list of all others
         return Statement(f"cannot be told: {describe(error)}", Passes(None, None))

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from faithmap.errors import RequestError
-from faithmap.models import Model, probing
+from faithmap.models import Model, accounted_for
 
 #: Logits that differ by less than this share of their size are the same, computed in another order.
 ROUNDING = 1e-4
@@ -305,7 +305,7 @@ def _trace(model: Model, images: Tensor, layer: str) -> _Seen:
     model.layer(layer)  # says so if there is none
     handles = [sub.register_forward_hook(note(name)) for name, sub in model.module.named_modules() if name]
     try:
-        with probing():
+        with accounted_for():
             logits: Tensor = model.module(model.normalise(images))
     finally:
         for handle in handles:
@@ -393,7 +393,7 @@ class NetworkTail:
     def raw(self, units: Tensor, images: Tensor | None = None) -> Tensor:
         """The same in single precision and without being counted; for the real images (n, 3, H, W)."""
         inner: nn.Module = self._model.module
-        with probing():
+        with accounted_for():
             return self._pass(units, images, lambda batch: inner(self._model.normalise(batch)).float())
 
     def _pass(self, units: Tensor, images: Tensor | None, run: Callable[[Tensor], Tensor]) -> Tensor:

@@ -103,11 +103,12 @@ class Evidence:
         return str(self.manifest.get("explainers", {}).get(label, {}).get("role", "method"))
 
     def unreliable(self, label: str) -> str:
-        """Why a line is shown but not ranked: its method or its images fail the kit; empty where not."""
-        entries = ("explainers", label, "it"), ("datasets", self.dataset, "the dataset")
-        for kind, name, what in entries:
+        """Which plugin of a line fails checks of the kit, so that it is not ranked; empty where none does."""
+        for kind, name, what in (
+            ("explainers", label, "unreliable"), ("datasets", self.dataset, "unreliable dataset")
+        ):  # fmt: skip
             if not self.manifest.get(kind, {}).get(name, {}).get("reliable", True):
-                return f"unreliable: {what} fails checks of the kit"
+                return what
         return ""
 
     @property

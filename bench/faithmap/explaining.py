@@ -22,8 +22,8 @@ from faithmap.resize import reduce_to_grid
 
 #: Needs of a metric that the core meets, whatever the dataset gives.
 HANDED = frozenset({"explainer", "pool"})
-#: Begins the reason why a method has no maps where it could not even say whether it is defined.
-RAISES = "its defined_for raises"
+#: All that can be known of an image: what it lacks is a matter of the dataset.
+EVERYTHING = frozenset({"label", "mask", "box"})
 
 
 @dataclass(frozen=True)
@@ -43,14 +43,22 @@ class MapSet:
 
 
 def undefined(plugin: Plugin, model: Model, gives: frozenset[str] | set[str]) -> str:
-    """Why an explainer is not defined for a model and what a dataset gives; empty where it is."""
+    """Why an explainer is not defined for a model and what a dataset gives; empty where it is.
+
+    One that cannot even say so is not defined: its mistake must not cost the maps of the others.
+    """
+    try:
+        return why_undefined(plugin, model, gives)
+    except Exception as error:
+        return f"its defined_for raises {describe(error)}"
+
+
+def why_undefined(plugin: Plugin, model: Model, gives: frozenset[str] | set[str]) -> str:
+    """The same; what the plugin's own function raises is passed on."""
     facts = plugin.facts
     if facts.families and model.family not in facts.families:
         return f"defined for {', '.join(sorted(facts.families))}, not for {model.family}"
-    try:
-        reason = facts.defined_for(model) if facts.defined_for is not None else None
-    except Exception as error:  # one plugin's mistake must not cost the maps of the others
-        return f"{RAISES} {describe(error)}"
+    reason = facts.defined_for(model) if facts.defined_for is not None else None
     return reason or lacking(facts.needs, gives)
 
 

@@ -24,7 +24,7 @@ PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 class _Passing(threading.local):
-    """Whether a pass of the network is one that is counted, or known to be none of a method's."""
+    """How deep the network is in passes that are accounted for."""
 
     depth = 0
 
@@ -33,8 +33,8 @@ PASSING = _Passing()
 
 
 @contextmanager
-def probing() -> Iterator[None]:
-    """Passes within this block tell how a network is made, mostly of a blank image: no method's cost."""
+def accounted_for() -> Iterator[None]:
+    """Passes of the network within this block are counted, or no method's cost: they tell how it is made."""
     PASSING.depth += 1
     try:
         yield
@@ -148,7 +148,7 @@ class Model(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """Logits (B, classes), float32, of images (B, 3, H, W) in [0, 1]."""
         normalised = self.normalise(images)
-        with probing():
+        with accounted_for():
             if self.precision == "fp32":
                 logits = self.module(normalised)
             else:
@@ -191,7 +191,7 @@ class Model(nn.Module):
         if self._anatomy is None:
             example = torch.zeros(1, 3, *self.input_size, device=self.device)
             try:
-                with probing():
+                with accounted_for():
                     self._anatomy = find_anatomy(
                         self.module, self.normalise(example), self._layer, self._reshape, self._family
                     )
@@ -245,7 +245,7 @@ class Model(nn.Module):
         if place not in self._places:
             example = torch.zeros(1, 3, *self.input_size, device=self.device)
             try:
-                with probing():
+                with accounted_for():
                     self._places[place] = layer_at(self.module, self.normalise(example), place)
             except RequestError as error:
                 raise RequestError(f"model '{self.name}': {error}") from error

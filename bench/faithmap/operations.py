@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
-from faithmap.models import Model, probing
+from faithmap.models import Model, accounted_for
 
 #: Piecewise linear activations that pass a value on or set it to zero (ReLU6 also caps it, and is
 #: called as a `hardtanh`).
@@ -67,6 +67,6 @@ class _Names(Operations):
 def operations_of(model: Model) -> frozenset[str]:
     """The names of the operations that a model calls, by one uncounted pass of a blank image."""
     blank = model.normalise(torch.zeros(1, 3, *model.input_size, device=model.device, dtype=model.mean.dtype))
-    with torch.no_grad(), probing(), _Names() as seen:
+    with torch.no_grad(), accounted_for(), _Names() as seen:
         model.module(blank)
     return frozenset(seen.names)

@@ -301,7 +301,9 @@ def _methods(
         entry = manifest["explainers"][label]
         if entry["name"] == REFERENCE_NULL or entry["role"] != "method":
             continue
-        reasons = [reason for cell in cells if (reason := cell.unreliable(label))]
+        reasons = [
+            f"{reason}: it fails checks of the kit" for cell in cells if (reason := cell.unreliable(label))
+        ]
         reasons += [reason for cell in cells if (reason := _unusable(cell, label))]
         if reasons:
             left_out[label] = reasons[0]

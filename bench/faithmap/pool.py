@@ -15,7 +15,7 @@ from torch import Tensor
 from faithmap.batch import seed_of
 from faithmap.data import choose, part_of
 from faithmap.errors import DataError
-from faithmap.models import Model, probing
+from faithmap.models import Model, accounted_for
 from faithmap.records import Sample
 from faithmap.transforms import prepare
 
@@ -132,7 +132,7 @@ class Pool:
         if size not in self._takes:
             blank = torch.zeros(1, 3, *size, device=self._model.device)
             try:
-                with torch.no_grad(), probing():
+                with torch.no_grad(), accounted_for():
                     logits = self._model.module(self._model.normalise(blank))
                 self._takes[size] = isinstance(logits, Tensor) and logits.ndim == 2
             except torch.OutOfMemoryError:  # says nothing of the architecture

@@ -7,6 +7,7 @@ A plugin is one decorated function or class in one file. It is found in the room
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import importlib
 import importlib.util
@@ -18,7 +19,7 @@ from dataclasses import dataclass
 from importlib.metadata import entry_points
 from pathlib import Path
 from types import ModuleType
-from typing import Any, TypeVar, cast
+from typing import Any, ParamSpec, TypeVar, cast
 
 import faithmap
 from faithmap._score_names import refuse_taken
@@ -27,6 +28,8 @@ from faithmap.parameters import check_type, checked_grid, keyword_only, with_def
 from faithmap.records import Direction, Facts, Kind, Role
 
 Function = TypeVar("Function", bound=Callable[..., Any])
+P = ParamSpec("P")
+R = TypeVar("R")
 KINDS: tuple[Kind, ...] = ("explainer", "metric", "dataset")
 BUILT_IN = "built in"
 #: The parameter that names a fit, and its value where there is only one.
@@ -208,19 +211,24 @@ def _decorator(kind: Kind, name: str | None, facts: dict[str, Any]) -> Callable[
     return decorate
 
 
-def _refuse_bare(kind: Kind, bare: Any) -> None:
-    """Refuse what is given in the place of facts. (Without facts Python says which are missing.)"""
-    if bare is not None:
-        name = getattr(bare, "__name__", repr(bare))
-        raise PluginError(
-            f"'{name}' is given to @{kind} directly; write @{kind}(version=1, "
-            'source="paper and equation", ...) above it'
-        )
+def _with_facts(register: Callable[P, R]) -> Callable[P, R]:
+    """Have a decorator say what to write where it stands alone, without the facts of the plugin."""
+
+    @functools.wraps(register)
+    def asking(*bare: P.args, **facts: P.kwargs) -> R:
+        if bare:
+            kind, name = register.__name__, getattr(bare[0], "__name__", repr(bare[0]))
+            raise PluginError(
+                f"@{kind} above '{name}' says nothing of it; write "
+                f'@{kind}(version=1, source="paper and equation", ...)'
+            )
+        return register(*bare, **facts)
+
+    return asking
 
 
+@_with_facts
 def explainer(
-    bare: Any = None,
-    /,
     *,
     version: int,
     source: str,
@@ -268,7 +276,6 @@ def explainer(
         role: "method" is ranked; "control" and "null" are shown apart.
         needs: what an image must come with: "mask", "box", "region" (either) or "label".
     """
-    _refuse_bare("explainer", bare)
     facts = {
         "version": version, "source": source, "families": frozenset(families), "defined_for": defined_for,
         "class_specific": class_specific, "forwards": forwards, "backwards": backwards,
@@ -279,9 +286,8 @@ def explainer(
     return _decorator("explainer", name, facts)
 
 
+@_with_facts
 def metric(
-    bare: Any = None,
-    /,
     *,
     version: int,
     source: str,
@@ -317,7 +323,6 @@ def metric(
             the time of a run or belongs to few readers' questions.
         check_params: small settings with which the conformance kit runs the plugin.
     """
-    _refuse_bare("metric", bare)
     facts = {
         "version": version, "source": source, "scores": dict(scores), "needs": frozenset(needs),
         "bounds": dict(bounds or {}), "fallback": dict(fallback or {}), "map_free": frozenset(map_free),
@@ -327,9 +332,8 @@ def metric(
     return _decorator("metric", name, facts)
 
 
+@_with_facts
 def dataset(
-    bare: Any = None,
-    /,
     *,
     version: int,
     source: str,
@@ -352,7 +356,6 @@ def dataset(
         name: registry name; by default the function's name with hyphens.
         check_params: settings with which the conformance kit lists it, small and at hand.
     """
-    _refuse_bare("dataset", bare)
     facts = {
         "version": version, "source": source, "license": license, "revision": revision,
         "citation": citation, "gives": frozenset(gives), "check_params": dict(check_params or {}),

@@ -14,9 +14,8 @@ from importlib.metadata import version
 from typing import Any
 
 import faithmap
-from faithmap.costs import EVERYTHING
 from faithmap.engine import Observer
-from faithmap.explaining import undefined
+from faithmap.explaining import EVERYTHING, undefined
 from faithmap.models import Model, load_model
 from faithmap.plan import Grid
 from faithmap.records import digest

@@ -82,7 +82,7 @@ def status_of(cell: Evidence, label: str) -> str:
     if label not in cell.values:
         return "not ranked: no rows"
     if reason := cell.unreliable(label):
-        return "not ranked: unreliable" + (" dataset" if "dataset" in reason else "")
+        return f"not ranked: {reason}"
     # Another metric that fails costs its own column, not the rank.
     if cell.unranked[label] > FAILED_LIMIT * cell.n:
         return f"not ranked: {100 * cell.unranked[label] / max(cell.n, 1):.1f}% failed"
