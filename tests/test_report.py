@@ -171,6 +171,15 @@ class TestFigures:
                 assert "Software" not in picture.info
                 assert len(picture.convert("RGB").getcolors(1 << 24)) > 20
 
+    def test_each_line_has_a_look_of_its_own(self) -> None:
+        """As many methods as any board here has, with its nulls and controls."""
+        from faithmap.report import figures
+
+        lines: list[dict[str, Any]] = [{"explainer": f"m{i}", "status": "ok"} for i in range(36)]
+        lines += [{"explainer": f"c{i}", "status": "control"} for i in range(6)]
+        looks = figures._looks(lines)
+        assert len({(look["color"], str(look["linestyle"])) for look in looks.values()}) == len(lines)
+
     def test_style_of_the_user_is_ignored(self, board: pd.DataFrame) -> None:
         import matplotlib as mpl
 

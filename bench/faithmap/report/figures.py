@@ -27,10 +27,16 @@ Line = Mapping[str, Any]
 #: are left out (one too faint on white, the other too near to the controls' grey).
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
 #: When the colours are used up they come round again with another stroke and marker.
-STROKES: tuple[Any, ...] = ("-", (0, (5, 1.5)), (0, (1.2, 1.2)), (0, (6, 1.5, 1.2, 1.5)))
+STROKES: tuple[Any, ...] = (
+    "-", (0, (5, 1.5)), (0, (1.2, 1.2)), (0, (6, 1.5, 1.2, 1.5)), (0, (6, 1.5, 1.2, 1.5, 1.2, 1.5)),
+    (0, (12, 3)),
+)  # fmt: skip
 MARKERS = ("o", "s", "^", "D", "v", "P")
 GREY, INK = "#8A8A8A", "#333333"
-_CONTROL_STROKES: tuple[Any, ...] = ((0, (4, 2)), (0, (1, 1.5)), (0, (7, 2)), (0, (4, 1.5, 1, 1.5)))
+_CONTROL_STROKES: tuple[Any, ...] = (
+    (0, (4, 2)), (0, (1, 1.5)), (0, (8, 2)), (0, (4, 1.5, 1, 1.5)), (0, (4, 1.5, 1, 1.5, 1, 1.5)),
+    (0, (2, 4)),
+)  # fmt: skip
 _NULL_TEXT = "reference null, 95%"
 #: Inches that the two panels of the curves take, without their legend.
 _PANELS_WIDTH = 7.4
