@@ -149,16 +149,55 @@ class Scan:
         """
         from faithmap.reconstruction import blurred_target
 
-        decoded, masked = self._decoded(model, batch)
+        decoded, masked = self.decode(model, batch)
         if self.output == "confidence":
-            return self._confidence(decoded)
+            return self.confidence(decoded)
         target = blurred_target(batch.images.float(), masked.layout.grid, self.blur)
         return (target - decoded[:, 1:]).abs().mean(1)
 
     def reconstruct(self, model: Model, batch: Batch) -> Tensor:
         """The decoder's reconstruction (B, 3, H, W) in [0, 1]: what it still sees in the masked features."""
-        decoded, _ = self._decoded(model, batch)
+        decoded, _ = self.decode(model, batch)
         return ((decoded[:, 1:] + 1) / 2).clamp(0, 1)
+
+    def decode(self, model: Model, batch: Batch) -> tuple[Tensor, Masked]:
+        """What the decoder makes of a batch, and what it was given.
+
+        Returns:
+            (B, 4, H, W): first what `confidence` takes, then the colours of the reconstruction in [-1, 1], as
+            they come (nothing clips them); and the masked features.
+
+        Raises:
+            RequestError: no decoder is loaded, or none for images of this size.
+        """
+        import torch
+
+        from faithmap.decoders import decode_batch
+        from faithmap.errors import RequestError
+        from faithmap.gradient_masks import analysed_layer, masked_features, note_unmasked
+
+        if self._decoder is None:
+            raise RequestError(
+                f"scan has no decoder for model '{model.name}'; train one with "
+                f"`faithmap train scan --model {model.name} --dataset DATASET`"
+            )
+        name = analysed_layer(model, self.layer)
+        noise = None
+        if self.mask == "random":
+            shape = batch.context.outputs(name).shape[1:]
+            noise = torch.stack([torch.rand(shape, generator=batch.generator(i)) for i in range(len(batch))])
+        masked = masked_features(
+            batch.context, batch.targets, name, mask=self.mask, percentiles=self.percentile,
+            score=self.scalar, noise=noise,
+        )  # fmt: skip
+        note_unmasked(batch, masked.unmasked)
+        return decode_batch(self._decoder, model, masked), masked
+
+    def confidence(self, decoded: Tensor) -> Tensor:
+        """The confidence map (B, H, W) in [0, 1] of what the decoder gave, (B, 4, H, W) (eq. 3 and 4)."""
+        from faithmap.reconstruction import confidence_of
+
+        return confidence_of(decoded[:, 0], self.squash, self.stretch)
 
     def load(self, model: Model, tensors: Mapping[str, Tensor]) -> None:
         """Make the decoder of a fit ready: on the model's device, frozen, in evaluation mode.
@@ -263,36 +302,6 @@ class Scan:
         weights = _weights(training.decoder).items()
         return {name: value.detach().float().cpu().contiguous() for name, value in weights}
 
-    def _decoded(self, model: Model, batch: Batch) -> tuple[Tensor, Masked]:
-        """The decoder's output (B, 4, H, W), and what it was given."""
-        import torch
-
-        from faithmap.decoders import decode_batch
-        from faithmap.errors import RequestError
-        from faithmap.gradient_masks import analysed_layer, masked_features, note_unmasked
-
-        if self._decoder is None:
-            raise RequestError(
-                f"scan has no decoder for model '{model.name}'; train one with "
-                f"`faithmap train scan --model {model.name} --dataset DATASET`"
-            )
-        name = analysed_layer(model, self.layer)
-        noise = None
-        if self.mask == "random":
-            shape = batch.context.outputs(name).shape[1:]
-            noise = torch.stack([torch.rand(shape, generator=batch.generator(i)) for i in range(len(batch))])
-        masked = masked_features(
-            batch.context, batch.targets, name, mask=self.mask, percentiles=self.percentile,
-            score=self.scalar, noise=noise,
-        )  # fmt: skip
-        note_unmasked(batch, masked.unmasked)
-        return decode_batch(self._decoder, model, masked), masked
-
-    def _confidence(self, decoded: Tensor) -> Tensor:
-        from faithmap.reconstruction import confidence_of
-
-        return confidence_of(decoded[:, 0], self.squash, self.stretch)
-
 
 class _Training:
     """A decoder on its way: its optimiser, its step, and how to go on from a checkpoint.
@@ -365,7 +374,7 @@ class _Training:
         masked = self._masked(images, labels, generator)
         decoded = decode(self.decoder, masked.values, masked.layout.grid, self.precision)
         confidence, target = (
-            method._confidence(decoded), blurred_target(images, masked.layout.grid, method.blur)
+            method.confidence(decoded), blurred_target(images, masked.layout.grid, method.blur)
         )  # fmt: skip
         found = losses(
             confidence, decoded[:, 1:], target,
