@@ -1,0 +1,233 @@
+"""Which reading of SCAN's equation 9 a decoder has come to follow: `python -m faithmap.equation_nine`.
+
+The paper's words and the authors' two codes weigh the errors of confident pixels in opposite ways, and what
+is learnt differs in two signs (see `faithmap.reconstruction.error_weights`). Under 9a ("amplified") it pays
+to be confident where the error is small, and the area settles below its target; under 9b ("discounted") it
+pays where the error is large, and the area settles above it. Both are measured here on images that the
+decoder has not seen, with how much it reconstructs at all: a decoder that reconstructs nothing has no errors
+to tell apart.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from scipy.stats import spearmanr
+from torch import Tensor
+from torch.nn.functional import adaptive_avg_pool2d
+
+from faithmap.config import load_config
+from faithmap.errors import FaithmapError, RequestError
+from faithmap.reconstruction import blurred_target, target_area
+from faithmap.stats import Estimate, bca
+
+if TYPE_CHECKING:
+    from faithmap.batch import Batch
+    from faithmap.models import Model
+    from faithmap.plan import ExplainerUse, Grid
+
+#: The middle of the percentiles of the training, and the percentile of the explanation.
+PERCENTILES = (85.0, 95.0)
+#: Images in a batch.
+BATCH = 16
+#: What is kept of every image, after its cell.
+SCORES = ("rho", "rho_pixels", "area_excess", "error", "blind_error", "spread")
+CELL = ("model", "dataset", "explainer", "weighting", "percentile")
+#: A line for each image, and the table.
+FILES = ("equation-9.csv", "equation-9.md")
+
+
+def rank_correlation(one: Tensor, other: Tensor) -> list[float]:
+    """Spearman's correlation of two maps (B, ...), image by image; 0 where one of them does not vary."""
+    found = []
+    for left, right in zip(one.flatten(1).numpy(), other.flatten(1).numpy(), strict=True):
+        varies = np.ptp(left) > 0 and np.ptp(right) > 0
+        found.append(float(spearmanr(left, right).statistic) if varies else 0.0)
+    return found
+
+
+def measured(
+    confidence: Tensor, reconstruction: Tensor, target: Tensor, grid: tuple[int, int], alpha: float
+) -> list[dict[str, float]]:
+    """What tells the two readings apart, image by image.
+
+    Args:
+        confidence: C, (B, H, W) in [0, 1].
+        reconstruction: (B, 3, H, W), as the decoder gives it.
+        target: (B, 3, H, W) in [-1, 1].
+        grid: (h, w) cells of the features.
+        alpha: of the decoder; the target area is 1 / (1 + alpha).
+
+    Returns:
+        `rho` (between C and the squared error, over cells), `rho_pixels` (over pixels, which also shows the
+        pattern of the transposed convolutions), `area_excess` (mean C less its target), `error` (mean squared
+        error) and `spread` (standard deviation of C over the cells).
+    """
+    squared = (target - reconstruction).square().mean(1)
+    cells, errors = (adaptive_avg_pool2d(each[:, None], grid)[:, 0] for each in (confidence, squared))
+    columns = {
+        "rho": rank_correlation(cells, errors),
+        "rho_pixels": rank_correlation(confidence, squared),
+        "area_excess": (confidence.mean((1, 2)) - target_area(alpha)).tolist(),
+        "error": squared.mean((1, 2)).tolist(),
+        "spread": cells.flatten(1).std(1, correction=0).tolist(),
+    }
+    return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+
+
+def blind_errors(targets: Tensor) -> list[float]:
+    """Mean squared distance of each target (N, 3, H, W) to the mean of all: what knowing no image leaves."""
+    return (targets - targets.mean(0)).square().mean((1, 2, 3)).tolist()
+
+
+def verdict(rho: Estimate, excess: Estimate) -> str:
+    """The reading whose two signs are both there with their whole intervals: "9a", "9b", or "open"."""
+    if rho.high[0] < 0 and excess.high[0] < 0:
+        return "9a"
+    return "9b" if rho.low[0] > 0 and excess.low[0] > 0 else "open"
+
+
+def lines_of(grid: Grid) -> Iterator[dict[str, Any]]:
+    """A line for each image, percentile and fitted SCAN of a request."""
+    for model in grid.models:
+        for dataset, samples in grid.datasets:
+            for use in _decoders(grid, model):
+                for percentile in PERCENTILES:
+                    cell = (model.name, dataset.label, use.label, use.params["weighting"], percentile)
+                    for line in _images(use, model, samples, percentile, grid.config.run.target):
+                        yield {**dict(zip(CELL, cell, strict=True)), **line}
+
+
+def _decoders(grid: Grid, model: Model) -> list[ExplainerUse]:
+    """The request's SCANs that are fitted to a model, once for each fit that makes maps of confidence."""
+    found = []
+    for use in grid.explainers:
+        if use.plugin.name == "scan" and use.params["output"] == "confidence":
+            if model.name in use.fits:
+                found.append(use)
+            elif model.name in use.unfitted:
+                raise RequestError(f"{use.label} on {model.name}: {use.unfitted[model.name]}")
+    return found
+
+
+def _images(
+    use: ExplainerUse, model: Model, samples: Sequence[Any], percentile: float, target: str
+) -> Iterator[dict[str, Any]]:
+    from faithmap.data import make_batch, read_shard, shards
+
+    method: Any = use.plugin.make({**use.params, "percentile": percentile})
+    method.load(model, use.fits[model.name].tensors())
+    lines: list[dict[str, Any]] = []
+    targets = []
+    for shard in shards(samples, BATCH):
+        read, _ = read_shard(shard, model)
+        if not read:
+            continue
+        batch = make_batch(read, model, target, model.grid, 0)
+        found, blurred = _of_batch(method, model, batch)
+        lines += [{"image_id": name, **line} for name, line in zip(batch.ids, found, strict=True)]
+        targets.append(blurred)
+    for line, blind in zip(lines, blind_errors(torch.cat(targets)), strict=True):
+        yield {**line, "blind_error": blind}
+
+
+def _of_batch(method: Any, model: Model, batch: Batch) -> tuple[list[dict[str, float]], Tensor]:
+    decoded, masked = method.decode(model, batch)
+    batch.context.release()
+    grid = masked.layout.grid
+    target = blurred_target(batch.images.float(), grid, method.blur)
+    found = measured(method.confidence(decoded).cpu(), decoded[:, 1:].cpu(), target.cpu(), grid, method.alpha)
+    return found, target.cpu()
+
+
+def table(lines: Sequence[Mapping[str, Any]]) -> str:
+    """The lines of `lines_of`, or of the file that holds them, as a Markdown table with 95% intervals."""
+    cells: dict[tuple[str, ...], list[Mapping[str, Any]]] = {}
+    for line in lines:
+        cells.setdefault(tuple(str(line[name]) for name in CELL), []).append(line)
+    heads = (
+        "Model", "Explainer", "Eq. 9", "P", "Images", "rho, cells", "rho, pixels", "C - A", "Error",
+        "Blind error", "Spread of C", "Signs of",
+    )  # fmt: skip
+    rows = []
+    for (model, _, explainer, weighting, percentile), here in cells.items():
+        found = {name: bca([[float(line[name]) for line in here]]) for name in SCORES}
+        rows.append((
+            f"`{model}`", f"`{explainer}`", "9a" if weighting == "amplified" else "9b",
+            f"{float(percentile):g}", str(len(here)), _told(found["rho"], 2), _told(found["rho_pixels"], 2),
+            _told(found["area_excess"], 3), f"{found['error'].value[0]:.4f}",
+            f"{found['blind_error'].value[0]:.4f}", f"{found['spread'].value[0]:.3f}",
+            verdict(found["rho"], found["area_excess"]),
+        ))  # fmt: skip
+    aligned = ["--"] * 3 + ["--:"] * 8 + ["--"]
+    return "\n".join("| " + " | ".join(row) + " |" for row in (heads, aligned, *rows)) + "\n"
+
+
+def _told(found: Estimate, digits: int) -> str:
+    value, low, high = (float(each[0]) for each in found)
+    return f"{value:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
+
+
+LEGEND = """# Which reading of equation 9
+
+*Eq. 9* is the weighting that the decoder was trained with: 9a alpha C ("amplified"), 9b C / alpha
+("discounted"). *rho* is the rank correlation of confidence and squared error within an image, over the cells
+of the features and over pixels. *C - A* is the mean confidence less its target area. *Error* is the mean
+squared error of the reconstruction in [-1, 1], *Blind error* what the mean of all targets leaves: where the
+two are the same, the decoder has learnt nothing of single images. *Spread of C* is its standard deviation
+over the cells of an image. *Signs of*: the reading whose signs, both below zero (9a) or both above it (9b),
+are there with their whole 95% intervals. *P* is the percentile of the mask: 85 the middle of the training,
+95 that of the explanation.
+"""
+
+
+def page(lines: Sequence[Mapping[str, Any]]) -> str:
+    """The table with what its columns mean."""
+    return f"{LEGEND}\n{table(lines)}"
+
+
+def read_lines(file: Path) -> list[dict[str, str]]:
+    """The lines of a file that was written here."""
+    with file.open(newline="", encoding="utf-8") as opened:
+        return list(csv.DictReader(opened))
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Measure, and write the lines and the table."""
+    from faithmap.plan import make_grid
+
+    parser = argparse.ArgumentParser(prog="python -m faithmap.equation_nine", description=__doc__)
+    parser.add_argument("request", help="a request whose explainers name one SCAN or more")
+    parser.add_argument("--out", type=Path, required=True, help="the folder for both files")
+    options = parser.parse_args(arguments)
+    grid = make_grid(load_config(options.request))
+    if grid.config.run.threads:
+        torch.set_num_threads(grid.config.run.threads)
+    lines = list(lines_of(grid))
+    if not lines:
+        raise RequestError(f"{options.request} names no explainer 'scan' with output 'confidence'")
+    options.out.mkdir(parents=True, exist_ok=True)
+    with (options.out / FILES[0]).open("w", newline="", encoding="utf-8") as opened:
+        writer = csv.writer(opened, lineterminator="\n")
+        writer.writerow([*CELL, "image_id", *SCORES])
+        for line in lines:
+            values = [f"{line[name]:.6g}" for name in SCORES]
+            writer.writerow([*(line[name] for name in CELL), line["image_id"], *values])
+    text = page(read_lines(options.out / FILES[0]))
+    (options.out / FILES[1]).write_text(text, encoding="utf-8")
+    sys.stdout.write(table(read_lines(options.out / FILES[0])))
+    return 0
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except FaithmapError as error:
+        sys.exit(f"faithmap: {error}")
