@@ -96,6 +96,18 @@ def test_of_two_fits_one_must_be_named(model: Model) -> None:
         fitting.find(toy(), toy().check({"fitted": "zzz"}), model)
 
 
+def test_a_fit_that_comes_with_the_package_serves_where_the_user_has_none(
+    model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    packaged = tmp_path / "packaged"
+    monkeypatch.setattr(fitting, "folders", lambda name: [fitting.home() / "fitted" / name, packaged])
+    shipped = training.train(asked(model), out=packaged)
+    assert fitting.find(toy(), toy().check({}), model) == shipped
+    own = training.train(asked(model, seed=1))
+    assert fitting.find(toy(), toy().check({}), model) == own
+    assert fitting.find(toy(), toy().check({"fitted": shipped.key}), model) == shipped
+
+
 def test_a_fit_of_another_model_is_refused(model: Model) -> None:
     made = training.train(asked(model))
     with pytest.raises(RequestError, match="not for 'toy-fitted' on 'tiny-cnn'"):

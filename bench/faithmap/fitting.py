@@ -138,6 +138,8 @@ def served_key(plugin: Plugin, params: Mapping[str, Any], model: Model) -> str:
 def find(plugin: Plugin, params: Mapping[str, Any], model: Model) -> Fit | None:
     """The fit that an explainer with these parameters explains a model with; None where there is none.
 
+    Fits that come with the package serve where the user has none of their own.
+
     Raises:
         RequestError: there are several and none is named, or the one that is named is not there or
             serves another model or other parameters.
@@ -157,6 +159,9 @@ def find(plugin: Plugin, params: Mapping[str, Any], model: Model) -> Fit | None:
                 f"'{choice}'; {there}"
             )
         files = chosen
+    else:
+        own = folders(plugin.name)[0]
+        files = [file for file in files if file.parent == own] or files
     if len(files) > 1:
         spec = spec_text(plugin, {**params, FITTED: _key_in(files[0])})
         raise RequestError(
