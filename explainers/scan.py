@@ -36,10 +36,10 @@ FIT_PARAMS = (
 )  # fmt: skip
 
 
-def _misfit(model: Model) -> str | None:
+def _misfit(model: Model, params: Mapping[str, Any]) -> str | None:
     from faithmap.decoders import misfit
 
-    return misfit(model)
+    return misfit(model, params["layer"])
 
 
 def _backwards(model: Model, params: Mapping[str, Any]) -> float:
@@ -62,11 +62,12 @@ class Scan:
     pass to the layer, then one pass of the decoder. It must be fitted first, once for a model and its
     images.
 
-    Published: alpha 4, percentile 95 (drawn from U(70, 100) in training), lambda 0.1, the decoder's
-    outline, the layers. Read from the authors' codes, where they agree: the forms of eq. 4 to 8, no
-    stopped gradients, Adam at 1e-3. Where they differ there is a parameter: `weighting`, `stretch`,
-    `blur`, `scalar`, `training_class`, `skips`. An image without any positive gradient is not masked, as in
-    both codes; it is noted.
+    Published: alpha 4, percentile 95 (drawn from U(70, 100) in training), the decoder's outline, the layers.
+    Read from the authors' codes, where they agree: the forms of eq. 4 to 8, lambda 0.1, no stopped
+    gradients, Adam at 1e-3. Where they differ there is a parameter for what can change the map much:
+    `weighting`, `stretch`, `blur`, `scalar`, `training_class`, `skips`. In the rest this is the PyTorch
+    code: losses are multiplied image by image, percentiles interpolated, a decoder begins and ends as there.
+    An image without any positive gradient is not masked, as in both codes; it is noted.
 
     Args:
         layer: dotted name of the layer; by default the block halfway up a vision transformer (the 6th of 12),
@@ -86,8 +87,8 @@ class Scan:
             is no label) or "predicted" (TensorFlow code).
         width: multiplies the decoder's channels; by default 1 as published, and 0.25 for images of less than
             128 pixels a side, such as those of the embedded models.
-        skips: of a CNN's decoder: a skip around each pair of residual modules (PyTorch code), or none
-            (TensorFlow code). A transformer's has none in either.
+        skips: of a CNN's decoder: a skip around each pair of residual modules (PyTorch code), or none, as in
+            the TensorFlow code, whose first and last modules differ besides. A transformer's has none in either.
         mask: "gradient"; "positive" keeps all positive gradients (percentile 0); "none" and "random" (as many
             entries, anywhere) are controls.
         output: "confidence", or "error": the distance of the reconstruction from its target in [-1, 1], mean

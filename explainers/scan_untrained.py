@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 from faithmap import explainer
 
@@ -11,10 +12,10 @@ if TYPE_CHECKING:
     from faithmap.models import Model
 
 
-def _misfit(model: Model) -> str | None:
+def _misfit(model: Model, params: Mapping[str, Any]) -> str | None:
     from faithmap.decoders import misfit
 
-    return misfit(model)
+    return misfit(model, params["layer"])
 
 
 @explainer(

@@ -83,7 +83,7 @@ class TestMeasured:
 
 @pytest.mark.parametrize(("weighting", "reading"), [("amplified", "9a"), ("discounted", "9b")])
 def test_the_losses_lead_to_the_signs(weighting: str, reading: str) -> None:
-    """Confidences that are free in every pixel, led by the losses alone, end with the signs of their reading."""
+    """Confidences that are free in every pixel, led by the losses alone, end with the signs of a reading."""
     colours, target = planted(side=24)
     logits = torch.zeros(6, 24, 24, requires_grad=True)
     optimiser = torch.optim.Adam([logits], lr=0.1)
@@ -144,7 +144,33 @@ class TestCommand:
     ) -> None:
         with pytest.raises(RequestError, match=r"scan on shapes/vit: not fitted.*faithmap train 'scan"):
             nine.main([str(request_file), "--out", str(tmp_path / "out")])
-        assert not (tmp_path / "out").exists()
+        assert not list((tmp_path / "out").glob("*"))
+
+    def test_a_decoder_that_serves_several_entries_is_measured_once_and_made_by_the_recipe(
+        self, request_file: Path, tmp_path: Path
+    ) -> None:
+        again = REQUEST.replace("width = 0.125", 'label = "scan (90)"\nwidth = 0.125\npercentile = 90.0')
+        entry = again[again.index("[[explainers]]") : again.index('[[explainers]]\nname = "gradcam"')]
+        recipe = """
+[[fits]]
+name = "scan"
+dataset = "shapes[split=train,n=8]"
+epochs = 1
+batch_size = 4
+"""
+        request_file.write_text(f"{REQUEST}\n{entry}\n{recipe}", encoding="utf-8")
+        assert nine.main([str(request_file), "--out", str(tmp_path / "out")]) == 0
+        lines = nine.read_lines(tmp_path / "out" / "equation-9.csv")
+        assert [line["percentile"] for line in lines[::4]] == ["85.0", "95.0", "90.0"]
+        assert len(lines) == 3 * 4 and {line["explainer"] for line in lines[8:]} == {"scan (90)"}
+
+    def test_a_folder_that_cannot_be_made_is_told_before_anything_is_measured(
+        self, request_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        self.fit()
+        monkeypatch.setattr(nine, "lines_of", lambda grid: pytest.fail("measured in vain"))
+        with pytest.raises(RequestError, match=r"--out .*request.toml: no folder can be made there"):
+            nine.main([str(request_file), "--out", str(request_file)])
 
     def test_a_request_without_scan_is_told(self, request_file: Path, tmp_path: Path) -> None:
         text = REQUEST.replace('name = "scan"\nwidth = 0.125\nlayer = "block:1/3"', 'name = "random"')

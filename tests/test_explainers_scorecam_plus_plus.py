@@ -348,7 +348,7 @@ class TestPlanted:
         tag = torch.zeros(1, 32, 32, dtype=torch.bool)
         tag[:, 4:8, 4:8] = True
         batch = fresh(model, images, [0])
-        for params in ({"baseline": "zero"}, {"baseline": "zero", "activation": "min-max"}):
+        for params in ({}, {"baseline": "zero"}, {"baseline": "zero", "activation": "min-max"}):
             maps = explain(NAME, model, batch, **params)
             assert bool(tag[0].flatten()[maps[0].argmax()])
             assert float(maps[tag].mean()) > 5 * float(maps[:, 10:26, 10:26].mean())

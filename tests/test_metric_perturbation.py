@@ -93,6 +93,18 @@ def test_only_the_order_of_a_map_counts(cnn: Model) -> None:
     assert all(torch.equal(first[name].values, second[name].values) for name in first)
 
 
+def test_a_classifier_that_always_says_the_same_scores_the_level_of_chance() -> None:
+    """One image of each of 1000 classes, one of them right at every share: 0.1% over a width of 0.9."""
+    module = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 4 * 4, 1000))
+    torch.nn.init.zeros_(module[1].weight)
+    model = slow.model_of(module, 4)
+    batch = slow.batch_of(model, slow.random_images(1000, 4), labels=torch.arange(1000), grid=(2, 2))
+    found = score(model, batch, torch.rand(1000, 4, 4))
+    assert float(found["pos_auc@label"].values.mean()) == pytest.approx(0.09, abs=1e-6)
+    assert float(found["neg_auc@label"].values.mean()) == pytest.approx(0.09, abs=1e-6)
+    assert bool((found["auc_d"].values == 0).all())
+
+
 @pytest.fixture
 def weights() -> Tensor:
     """Patch scores (4, 4), all different, of either sign."""

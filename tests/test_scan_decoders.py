@@ -7,10 +7,11 @@ import torch
 from conftest import draw, make_batch, make_cnn, make_vit
 from torch import nn
 
-from faithmap import decoders, gradient_masks
+from faithmap import decoders, gradient_masks, registry
 from faithmap.context import Context
 from faithmap.decoders import Block, Residual, build_decoder, seeded_decoder
 from faithmap.errors import RequestError
+from faithmap.explaining import EVERYTHING, undefined
 from faithmap.gradient_masks import Layout
 from faithmap.models import Model
 
@@ -205,3 +206,16 @@ class TestDecoders:
         assert decoders.misfit(cnn) is None
         odd = Model(cnn.module, mean=0.5, std=0.5, input_size=30)
         assert "power of two" in str(decoders.misfit(odd))
+
+    @pytest.mark.parametrize("name", ["scan", "scan-untrained"])
+    def test_another_layer_may_fit_where_the_last_does_not(self, name: str) -> None:
+        """30 pixels: 15 cells after the first convolution, 8 after the second."""
+        plugin = registry.get("explainer", name)
+        odd, even = (
+            Model(make_cnn().module, mean=0.5, std=0.5, input_size=size, target_layer="body")
+            for size in (30, 32)
+        )
+        for layer, fits in ((None, False), ("body", False), ("stem", True)):
+            reason = undefined(plugin, odd, EVERYTHING, plugin.check({"layer": layer}))
+            assert (reason == "") == fits and ("power of two" in reason) != fits
+        assert undefined(plugin, even, EVERYTHING, plugin.check({"layer": "nowhere"})) == ""  # refused in use

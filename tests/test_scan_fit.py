@@ -228,7 +228,7 @@ class Redness(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.body, self.head = nn.AvgPool2d(4), nn.Linear(2, 2)
-        self.head.weight.data = torch.tensor([[0.0, 8.0], [8.0, 0.0]])
+        self.head.weight.data = torch.tensor([[0.0, 2.0], [32.0, 0.0]])
         self.head.bias.data.zero_()
 
     def forward(self, images: Tensor) -> Tensor:
@@ -237,20 +237,32 @@ class Redness(nn.Module):
         return logits
 
 
-def with_a_red_patch(count: int, seed: int) -> tuple[Tensor, Tensor]:
-    """Plain grey images, each of another grey, with one red patch; and where the patch is."""
+def with_a_red_patch(count: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Plain grey images, each of another grey, with a red patch and, as large, a square of another grey.
+
+    Also where the patch is, and where the square: one lies on the left, the other on the right.
+    """
     generator = torch.Generator().manual_seed(seed)
-    images = torch.rand(count, 1, 1, 1, generator=generator).expand(-1, 3, 32, 32)
-    patches = torch.zeros(count, 32, 32, dtype=torch.bool)
-    for i, (y, x) in enumerate(4 * torch.randint(0, 6, (count, 2), generator=generator)):
-        patches[i, y : y + 12, x : x + 12] = True
-    return torch.where(patches[:, None], torch.tensor([0.9, 0.1, 0.1]).view(1, 3, 1, 1), images), patches
+    images = torch.rand(count, 1, 1, 1, generator=generator).repeat(1, 3, 32, 32)
+    patches, squares = torch.zeros(2, count, 32, 32, dtype=torch.bool)
+    drawn = torch.randint(0, 6, (count, 2), generator=generator)
+    sides = torch.randint(0, 2, (count,), generator=generator)
+    greys = torch.rand(count, generator=generator)
+    for i in range(count):
+        for where, y, side in ((patches, drawn[i, 0], sides[i]), (squares, drawn[i, 1], 1 - sides[i])):
+            where[i, 4 * y : 4 * y + 12, 20 * side : 20 * side + 12] = True
+        images[i, :, squares[i]] = greys[i]
+    return (
+        torch.where(patches[:, None], torch.tensor([0.9, 0.1, 0.1]).view(1, 3, 1, 1), images),
+        patches,
+        squares,
+    )
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("weighting", "found"), [("amplified", True), ("discounted", False)])
 def test_what_the_class_rests_on_can_be_reconstructed_and_the_rest_not(weighting: str, found: bool) -> None:
-    """The masked features tell the red patch and nothing of the grey around it.
+    """The masked features tell the red patch, and nothing of the grey around it or of the grey square.
 
     Eq. 9a makes the decoder confident where it errs little, on the patch, and of less than the target
     area; 9b where it errs much, around it, and of more.
@@ -261,14 +273,15 @@ def test_what_the_class_rests_on_can_be_reconstructed_and_the_rest_not(weighting
     labels = torch.ones(1600, dtype=torch.long)
     fit = scan.fit(model, Data(images, labels), session, epochs=1, batch_size=16, rate=5e-3)
     scan.load(model, fit)
-    images, patches = with_a_red_patch(16, 1)
+    images, patches, squares = with_a_red_patch(16, 1)
     batch = Batch(images, labels[:16], tuple(f"image-{i}" for i in range(16)), Context(model, images))
     maps = scan(model, batch)
     inside_patch, around = float(maps[patches].mean()), float(maps[~patches].mean())
+    inside_square = float(maps[squares].mean())
     if found:
-        assert inside_patch > 0.6 and around < 0.2
+        assert inside_patch > 0.6 and around < 0.2 and inside_square < 0.2
     else:
-        assert inside_patch < 0.2 and around > inside_patch + 0.1
+        assert inside_patch < 0.2 and around > inside_patch + 0.1 and inside_square > inside_patch + 0.1
     assert (session.curve[100]["confidence"] < 0.2) == found
     scan.output = "error"
     errors = scan(model, batch)

@@ -79,7 +79,7 @@ class Trial:
     def reason(self) -> str:
         """Why the explainer cannot be tried on the model; empty where it can."""
         try:
-            return why_undefined(self.plugin, self.original, EVERYTHING)
+            return why_undefined(self.plugin, self.original, EVERYTHING, self.params)
         except Exception as error:
             raise CheckError(
                 f"defined_for raises {type(error).__name__}: {error}; expected a reason or None. It is asked "
@@ -326,7 +326,7 @@ def tall(trial: Trial) -> Model:
         _ = model.grid if has_features(model) else None
     except Exception as error:
         raise CheckSkipped(f"the model takes no images of {size[0]} x {size[1]} pixels") from error
-    reason = undefined(trial.plugin, model, EVERYTHING)
+    reason = undefined(trial.plugin, model, EVERYTHING, trial.params)
     if reason:
         raise CheckSkipped(reason)
     return model

@@ -54,7 +54,7 @@ def explain(
     plugin = get("explainer", explainer)
     checked = plugin.check(params)
     batch = _batch(network, images, targets, seed=seed)
-    reason, fit = undefined(plugin, network, set()), None
+    reason, fit = undefined(plugin, network, set(), checked), None
     if not reason and wants_fit(plugin, checked):
         fit = find(plugin, checked, network)
         reason = "" if fit else advice(plugin, checked, network)

@@ -146,7 +146,7 @@ def training(
     settings = how.settings()
     checked = fit_options(plugin, dict(parse_option(text) for text in options))
     network = load_named(_of_request(request, "models", model))
-    reason = undefined(plugin, network, EVERYTHING)
+    reason = undefined(plugin, network, EVERYTHING, params)
     if reason:
         raise RequestError(f"explainer '{plugin.name}': {reason}")
     images, samples = _images(_of_request(request, "datasets", dataset), how.part, how.limit)

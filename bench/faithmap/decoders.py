@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from faithmap.errors import RequestError
-from faithmap.gradient_masks import Layout, Masked
+from faithmap.gradient_masks import Layout, Masked, layout_of
 from faithmap.models import Model
 from faithmap.perturb import chunk_size
 
@@ -50,10 +50,22 @@ def doublings(size: tuple[int, int], grid: tuple[int, int]) -> int:
     return count
 
 
-def misfit(model: Model) -> str | None:
-    """Why no decoder fits a model's feature grid; None where one does. For `defined_for`."""
+def misfit(model: Model, layer: str | None = None) -> str | None:
+    """Why no decoder fits a layer's feature grid; None where one does. For `defined_for`.
+
+    Args:
+        model: the model.
+        layer: its name; by default the one that is analysed, whose grid is the model's. One that is not
+            there, or has no grid, is left to be refused where it is used.
+    """
+    grid = model.grid
+    if layer is not None:
+        try:
+            grid = layout_of(model, layer).grid
+        except RequestError:
+            return None
     try:
-        doublings(model.input_size, model.grid)
+        doublings(model.input_size, grid)
     except RequestError as error:
         return str(error)
     return None

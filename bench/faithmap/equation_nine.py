@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool2d
 
 from faithmap.config import load_config
-from faithmap.errors import FaithmapError, RequestError
+from faithmap.errors import DataError, FaithmapError, RequestError
 from faithmap.reconstruction import blurred_target, target_area
 from faithmap.stats import Estimate, bca
 
@@ -33,8 +33,6 @@ if TYPE_CHECKING:
     from faithmap.models import Model
     from faithmap.plan import ExplainerUse, Grid
 
-#: The middle of the percentiles of the training, and the percentile of the explanation.
-PERCENTILES = (85.0, 95.0)
 #: Images in a batch.
 BATCH = 16
 #: What is kept of every image, after its cell.
@@ -97,24 +95,28 @@ def verdict(rho: Estimate, excess: Estimate) -> str:
 def lines_of(grid: Grid) -> Iterator[dict[str, Any]]:
     """A line for each image, percentile and fitted SCAN of a request."""
     for model in grid.models:
-        for dataset, samples in grid.datasets:
-            for use in _decoders(grid, model):
-                for percentile in PERCENTILES:
-                    cell = (model.name, dataset.label, use.label, use.params["weighting"], percentile)
-                    for line in _images(use, model, samples, percentile, grid.config.run.target):
-                        yield {**dict(zip(CELL, cell, strict=True)), **line}
+        for use, percentile in _decoders(grid, model):
+            for dataset, samples in grid.datasets:
+                cell = (model.name, dataset.label, use.label, use.params["weighting"], percentile)
+                for line in _images(use, model, samples, percentile, grid.config.run.target):
+                    yield {**dict(zip(CELL, cell, strict=True)), **line}
 
 
-def _decoders(grid: Grid, model: Model) -> list[ExplainerUse]:
-    """The request's SCANs that are fitted to a model, once for each fit that makes maps of confidence."""
-    found = []
+def _decoders(grid: Grid, model: Model) -> list[tuple[ExplainerUse, float]]:
+    """The request's SCANs that are fitted to a model, each decoder at a percentile once.
+
+    The percentiles are the middle of those of the training, and that of the explanation.
+    """
+    found: dict[tuple[str, float], ExplainerUse] = {}
     for use in grid.explainers:
-        if use.plugin.name == "scan" and use.params["output"] == "confidence":
-            if model.name in use.fits:
-                found.append(use)
-            elif model.name in use.unfitted:
-                raise RequestError(f"{use.label} on {model.name}: {use.unfitted[model.name]}")
-    return found
+        if use.plugin.name != "scan" or use.params["output"] != "confidence":
+            continue
+        if model.name in use.unfitted:
+            raise RequestError(f"{use.label} on {model.name}: {use.unfitted[model.name]}")
+        if model.name in use.fits:
+            for percentile in ((use.params["lowest_percentile"] + 100) / 2, use.params["percentile"]):
+                found.setdefault((use.fits[model.name].digest, float(percentile)), use)
+    return [(use, percentile) for (_, percentile), use in found.items()]
 
 
 def _images(
@@ -134,6 +136,8 @@ def _images(
         found, blurred = _of_batch(method, model, batch)
         lines += [{"image_id": name, **line} for name, line in zip(batch.ids, found, strict=True)]
         targets.append(blurred)
+    if not lines:
+        raise DataError(f"none of the {len(samples)} images could be read; look at them with `faithmap show`")
     for line, blind in zip(lines, blind_errors(torch.cat(targets)), strict=True):
         yield {**line, "blind_error": blind}
 
@@ -183,8 +187,8 @@ of the features and over pixels. *C - A* is the mean confidence less its target 
 squared error of the reconstruction in [-1, 1], *Blind error* what the mean of all targets leaves: where the
 two are the same, the decoder has learnt nothing of single images. *Spread of C* is its standard deviation
 over the cells of an image. *Signs of*: the reading whose signs, both below zero (9a) or both above it (9b),
-are there with their whole 95% intervals. *P* is the percentile of the mask: 85 the middle of the training,
-95 that of the explanation.
+are there with their whole 95% intervals. *P* is the percentile of the mask: the middle of those of the
+training, and that of the explanation.
 """
 
 
@@ -201,19 +205,24 @@ def read_lines(file: Path) -> list[dict[str, str]]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure, and write the lines and the table."""
+    from faithmap.engine import Silent
     from faithmap.plan import make_grid
+    from faithmap.runner import apply_settings, fit_wanted, resolve_settings
 
     parser = argparse.ArgumentParser(prog="python -m faithmap.equation_nine", description=__doc__)
     parser.add_argument("request", help="a request whose explainers name one SCAN or more")
     parser.add_argument("--out", type=Path, required=True, help="the folder for both files")
     options = parser.parse_args(arguments)
     grid = make_grid(load_config(options.request))
-    if grid.config.run.threads:
-        torch.set_num_threads(grid.config.run.threads)
+    try:
+        options.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RequestError(f"--out {options.out}: no folder can be made there ({error})") from error
+    grid = fit_wanted(grid, Silent())
+    apply_settings(grid, resolve_settings(grid, None))
     lines = list(lines_of(grid))
     if not lines:
         raise RequestError(f"{options.request} names no explainer 'scan' with output 'confidence'")
-    options.out.mkdir(parents=True, exist_ok=True)
     with (options.out / FILES[0]).open("w", newline="", encoding="utf-8") as opened:
         writer = csv.writer(opened, lineterminator="\n")
         writer.writerow([*CELL, "image_id", *SCORES])

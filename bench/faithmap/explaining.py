@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -42,24 +43,51 @@ class MapSet:
         return [i for i, status in enumerate(self.status) if status == "ok"]
 
 
-def undefined(plugin: Plugin, model: Model, gives: frozenset[str] | set[str]) -> str:
+def undefined(
+    plugin: Plugin,
+    model: Model,
+    gives: frozenset[str] | set[str],
+    params: Mapping[str, Any] | None = None,
+) -> str:
     """Why an explainer is not defined for a model and what a dataset gives; empty where it is.
 
     One that cannot even say so is not defined: its mistake must not cost the maps of the others.
+
+    Args:
+        plugin: the explainer.
+        model: the model.
+        gives: what the images come with.
+        params: all of the explainer's parameters; by default the defaults.
     """
     try:
-        return why_undefined(plugin, model, gives)
+        return why_undefined(plugin, model, gives, params)
     except Exception as error:
         return f"its defined_for raises {describe(error)}"
 
 
-def why_undefined(plugin: Plugin, model: Model, gives: frozenset[str] | set[str]) -> str:
+def why_undefined(
+    plugin: Plugin,
+    model: Model,
+    gives: frozenset[str] | set[str],
+    params: Mapping[str, Any] | None = None,
+) -> str:
     """The same; what the plugin's own function raises is passed on."""
     facts = plugin.facts
     if facts.families and model.family not in facts.families:
         return f"defined for {', '.join(sorted(facts.families))}, not for {model.family}"
-    reason = facts.defined_for(model) if facts.defined_for is not None else None
-    return reason or lacking(facts.needs, gives)
+    return _reason(facts.defined_for, model, params or plugin.parameters) or lacking(facts.needs, gives)
+
+
+def _reason(asked: Callable[..., str | None] | None, model: Model, params: Mapping[str, Any]) -> str | None:
+    """What a plugin's own function says of a model, and of the parameters where it takes them."""
+    if asked is None:
+        return None
+    taken = [
+        each
+        for each in inspect.signature(asked).parameters.values()
+        if each.kind in (each.POSITIONAL_ONLY, each.POSITIONAL_OR_KEYWORD) and each.default is each.empty
+    ]
+    return asked(model, dict(params)) if len(taken) == 2 else asked(model)
 
 
 def lacking(needs: frozenset[str], gives: frozenset[str] | set[str]) -> str:

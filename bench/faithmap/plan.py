@@ -46,7 +46,9 @@ class ExplainerUse:
     def skip(self, model: Model, gives: frozenset[str]) -> str:
         """Why it does not explain a model here; empty where it does."""
         return (
-            undefined(self.plugin, model, gives) or self.misplaced(model) or self.unfitted.get(model.name, "")
+            self.misplaced(model)
+            or undefined(self.plugin, model, gives, self.params)
+            or self.unfitted.get(model.name, "")
         )
 
     def misplaced(self, model: Model) -> str:
@@ -143,7 +145,7 @@ def _with_fits(
     unfitted: dict[str, str] = {}
     wanted: dict[str, Training] = {}
     for model in models:
-        if undefined(use.plugin, model, use.plugin.facts.needs) or use.misplaced(model):
+        if use.misplaced(model) or undefined(use.plugin, model, use.plugin.facts.needs, use.params):
             continue
         try:
             if recipe is not None and not recipe.missing and use.params.get(FITTED, AUTO) == AUTO:

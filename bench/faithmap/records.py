@@ -71,8 +71,9 @@ class Facts:
     source: str
     #: Families of models that an explainer is defined for; empty means every family.
     families: frozenset[str] = frozenset()
-    #: Called with a `Model`; returns None where the explainer is defined, else the reason why not.
-    defined_for: Callable[[Any], str | None] | None = None
+    #: Called with a `Model`, and with the parameters if it takes two arguments; returns None where the
+    #: explainer is defined, else the reason why not.
+    defined_for: Callable[..., str | None] | None = None
     class_specific: bool = True
     #: Images passed through the model per explained image: a number, or a function of the
     #: parameters and the model. None: not declared.

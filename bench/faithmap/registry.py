@@ -234,7 +234,7 @@ def explainer(
     source: str,
     name: str | None = None,
     families: Iterable[str] = (),
-    defined_for: Callable[[Any], str | None] | None = None,
+    defined_for: Callable[..., str | None] | None = None,
     class_specific: bool = True,
     forwards: float | Callable[..., float] | None = None,
     backwards: float | Callable[..., float] | None = None,
@@ -258,8 +258,8 @@ def explainer(
         source: paper and equation that the method comes from.
         name: registry name; by default the function's (or class's) name with hyphens.
         families: families of models ("cnn", "vit") it is defined for; empty means all.
-        defined_for: called with the model before anything is computed; returns the reason why
-            the method is not defined for it, or None.
+        defined_for: called with the model, and with the parameters if it takes two arguments, before
+            anything is computed; returns the reason why the method is not defined for it, or None.
         class_specific: False where the map does not depend on the class explained.
         forwards: images passed through the model per explained image, beyond none; a number or a
             function of (model, params).
