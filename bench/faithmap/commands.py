@@ -274,18 +274,19 @@ def train(
     """Fit, and say where the fit lies and how it is used."""
     from faithmap import progress
     from faithmap import training as fits
-    from faithmap.fitting import spec_text
+    from faithmap.fitting import spec_text, told_images
 
     started = time.monotonic()
     made = fits.train(asked, progress.watcher(errors), out=out, half=half, fresh=fresh)
     record = made.record
     taken = progress.clock(time.monotonic() - started)
+    data = record["data"]
+    images = told_images(data["images"], data.get("seen"))
     said = [
-        f"{record['explainer']} fitted to {record['model']['name']} on {record['data']['images']} images of "
-        f"{record['data']['dataset']}: {record['params_added']:,} parameters, {record['seconds']:.0f} s of "
-        f"fitting ({taken} now)"
+        f"{record['explainer']} fitted to {record['model']['name']} on {images} of {data['dataset']}: "
+        f"{record['params_added']:,} parameters, {record['seconds']:.0f} s of fitting ({taken} now)"
     ]
-    said += _unreadable(record["data"])
+    said += _unreadable(data)
     params = {**asked.params, "fitted": str(made.path)} if out else asked.params
     spec = shlex.quote(spec_text(asked.plugin, params))
     said += [f"wrote {made.path}", f"fit {made.key}: `faithmap run --explainers {spec}` takes it"]

@@ -231,10 +231,20 @@ def _told(fits: Sequence[Fit]) -> str:
         data, options = fit.record.get("data", {}), fit.record.get("options", {})
         told = ", ".join(f"{key} {value}" for key, value in options.items())
         lines.append(
-            f"{fit.key} ({data.get('images')} images of {data.get('dataset')}, {told}, seed "
+            f"{fit.key} ({told_images(data.get('images'), data.get('seen'))} of {data.get('dataset')}, {told}, seed "
             f"{fit.record.get('seed')}, made {fit.record.get('created')}: {fit.path})"
         )
     return ("there is " if len(lines) == 1 else "there are ") + " and ".join(lines)
+
+
+def told_images(given: int | None, seen: int | None) -> str:
+    """How many images a fit was given, and how many it has seen where these are fewer.
+
+    >>> told_images(128, 12), told_images(128, 128), told_images(128, None)
+    ('12 of 128 images', '128 images', '128 images')
+    """
+    few = f"{seen} of " if seen is not None and given is not None and seen < given else ""
+    return f"{few}{given} images"
 
 
 def file_name(served: str, key: str) -> str:
