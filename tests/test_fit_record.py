@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import io
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from fits import asked, typed
+from rich.console import Console
 
 import faithmap
-from faithmap import fitting, training
+from faithmap import commands, fitting, registry, training
+from faithmap.learning_record import counted, told_counts
 from faithmap.models import Model, load_model
 
 pytestmark = pytest.mark.usefixtures("toy_fitted", "home")
@@ -63,8 +67,6 @@ class TestSeen:
         assert data.seen.entry() == {"seen": 12, "passes": 12}
 
     def test_images_that_cannot_be_read_are_not_seen(self, model: Model) -> None:
-        from dataclasses import replace
-
         samples = asked(model).samples
         broken = replace(samples[3], image=Path("/nowhere/a.png"))
         data = training.TrainingData([*samples[:3], broken], model, 0)
@@ -111,6 +113,35 @@ def test_a_fit_of_a_few_steps_says_how_many_images_it_saw(tmp_path: Path, home: 
     done = faithmap.run(request, out=tmp_path / "run", figures=False)
     assert "8 of 40 images of `shapes`" in (done.path / "leaderboard.md").read_text()
     assert done.leaderboard().set_index("explainer").loc["scan", "fit_images"] == 40
+
+
+def test_a_fit_says_how_many_passes_were_not_masked(model: Model, home: Path) -> None:
+    """Logits that fall with every feature have no positive gradient anywhere."""
+    head = model.module.get_submodule("fc")
+    head.weight.data = -head.weight.data.abs()
+    plugin = registry.get("explainer", "scan")
+    options = training.fit_options(plugin, {"steps": 3, "batch_size": 4})
+    request = replace(
+        asked(model), plugin=plugin, params=plugin.check({"width": 0.125, "training_class": "predicted"}),
+        options=options,
+    )  # fmt: skip
+    said = io.StringIO()
+    shown, errors = Console(file=said, width=200), Console(file=io.StringIO())
+    assert commands.train(request, shown, errors, out=None, half=False, fresh=False) == 0
+    assert "\nnot masked, as no gradient was positive: 12 of 12 image passes\n" in said.getvalue()
+    (file,) = home.rglob("*.safetensors")
+    assert fitting.read(file).record["counts"] == {"unmasked": 12}
+
+
+def test_sums_are_told_where_they_are_above_zero() -> None:
+    curve = [{"step": 1.0, "loss": 2.0, "unmasked": 3.0}, {"step": 2.0, "loss": 1.0, "unmasked": 0.0}]
+    assert counted(curve) == {"unmasked": 3}
+    assert counted([{"step": 1.0, "loss": 2.0}]) == counted([]) == {}
+    told = "not masked, as no gradient was positive: 3"
+    assert told_counts({"data": {"passes": 8}, "counts": {"unmasked": 3}}) == [f"{told} of 8 image passes"]
+    assert told_counts({"data": {}, "counts": {"unmasked": 3}}) == [f"{told} image passes"]
+    assert told_counts({"data": {"passes": 8}, "counts": {"unmasked": 0}}) == []
+    assert told_counts({"data": {"images": 8}}) == []
 
 
 def test_records_without_a_count_are_told_as_before(model: Model, tmp_path: Path) -> None:

@@ -230,8 +230,9 @@ def _told(fits: Sequence[Fit]) -> str:
     for fit in fits:
         data, options = fit.record.get("data", {}), fit.record.get("options", {})
         told = ", ".join(f"{key} {value}" for key, value in options.items())
+        images = told_images(data.get("images"), data.get("seen"))
         lines.append(
-            f"{fit.key} ({told_images(data.get('images'), data.get('seen'))} of {data.get('dataset')}, {told}, seed "
+            f"{fit.key} ({images} of {data.get('dataset')}, {told}, seed "
             f"{fit.record.get('seed')}, made {fit.record.get('created')}: {fit.path})"
         )
     return ("there is " if len(lines) == 1 else "there are ") + " and ".join(lines)

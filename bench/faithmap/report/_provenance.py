@@ -174,8 +174,8 @@ def _fits(manifest: Mapping[str, Any]) -> list[str]:
             lines.append(
                 f"- **fit** of `{plain(name)}` to `{plain(model)}`: `{fit['key']}` (tensors "
                 f"`{fit['digest']}`), {told_images(fit['fit_images'], data.get('seen'))} of "
-                f"`{plain(str(data.get('dataset')))}`, {told}, seed {record.get('seed')}, {record.get('precision')}, "
-                f"{fit['fit_seconds']:.0f} s on {record.get('device')}"
+                f"`{plain(str(data.get('dataset')))}`, {told}, seed {record.get('seed')}, "
+                f"{record.get('precision')}, {fit['fit_seconds']:.0f} s on {record.get('device')}"
             )
     return lines
 
