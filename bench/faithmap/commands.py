@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from faithmap.config import Config, RunSettings, load_config, parse_spec, split_list
-from faithmap.errors import DataError, RequestError, nearest
+from faithmap.errors import DataError, FaithmapError, RequestError, nearest
 from faithmap.listing import load_plugins
 from faithmap.records import Sample, Spec
 
@@ -21,8 +21,11 @@ from faithmap.records import Sample, Spec
 SHOWN_NAMES = 8
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from faithmap.data import LoadedDataset
     from faithmap.finetuning import Finetuning
+    from faithmap.models import Model
     from faithmap.training import Training
 
 
@@ -349,10 +352,10 @@ def explain(
     device: str,
     seed: int,
     console: Console,
+    errors: Console,
 ) -> int:
-    """Write the figure of one image under several explainers."""
+    """Write the figure of one image under several explainers; 1 where a reconstruction failed."""
     from faithmap import heatmaps
-    from faithmap.api import explain as explain_images
     from faithmap.models import load_model
     from faithmap.registry import get
     from faithmap.runner import resolve_device
@@ -379,10 +382,36 @@ def explain(
         raise RequestError(
             f"--target {chosen} is out of range; the model has {len(logits)} classes (0 to {len(logits) - 1})"
         )
-    maps = []
-    for spec in specs:
-        found = explain_images(network, batch, [chosen], spec.name, seed=seed, **spec.params)
-        maps.append((spec.title, found[0]))
-    heatmaps.draw(prepared.image, maps, heatmaps.title(network, logits, chosen), out)
+    panels, failed = _panels(network, batch, chosen, specs, seed, console, errors)
+    heatmaps.draw(prepared.image, panels, heatmaps.title(network, logits, chosen), out)
     console.print(f"wrote {out}", markup=False, highlight=False, soft_wrap=True)
-    return 0
+    return 1 if failed else 0
+
+
+def _panels(
+    network: Model,
+    batch: Tensor,
+    target: int,
+    specs: Sequence[Spec],
+    seed: int,
+    console: Console,
+    errors: Console,
+) -> tuple[list[tuple[str, Tensor]], bool]:
+    """What is drawn of one image (1, 3, H, W), with titles; and whether a reconstruction is missing."""
+    from faithmap import api
+
+    panels, failed = [], False
+    for spec in specs:
+        asked = api.ask(network, batch, [target], spec.name, seed, spec.params)
+        maps, notes = asked.maps()
+        panels.append((spec.title, maps[0]))
+        for note in notes:
+            console.print(f"{spec.title}: {note}", markup=False, highlight=False, soft_wrap=True)
+        if not asked.reconstructs:
+            continue
+        try:
+            panels.append((f"{spec.title}:\nreconstruction", asked.reconstruction()[0]))
+        except FaithmapError as error:  # the other panels do not suffer
+            failed = True
+            errors.print(f"not drawn: {error}", markup=False, highlight=False, soft_wrap=True)
+    return panels, failed

@@ -9,6 +9,8 @@ Such an explainer is a class:
 - `load(self, model, tensors)`: makes it ready to explain that model with what a fit has kept.
 - `__call__(self, model, batch) -> maps`: as any explainer.
 - `wants_fit` (optional, a property): False where the parameters need no fit.
+- `reconstruct(self, model, batch) -> images` (optional): the images as it reconstructs them, (B, 3, H, W) in
+  [0, 1], for `faithmap explain` and `faithmap.reconstruct`.
 
 A fit is a safetensors file with its record. Its name begins with the key of what it serves (explainer,
 version, the model's weights and the parameters that the fit depends on) and ends with the key of how it
