@@ -81,7 +81,7 @@ def run(
         errors.print(line, markup=False, highlight=False, soft_wrap=True)
     for file in done.written:
         console.print(f"wrote {file}", markup=False, highlight=False, soft_wrap=True)
-    return print_failures(done.path, errors)
+    return print_failures(done.path, errors) or int(bool(done.failed_fits))
 
 
 def dry_run(config: Config, console: Console) -> int:
