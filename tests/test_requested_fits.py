@@ -9,7 +9,7 @@ import pytest
 from fits import asked, typed
 
 import faithmap
-from faithmap import training
+from faithmap import engine, training
 from faithmap.config import load_config
 from faithmap.errors import RequestError
 from faithmap.models import load_model
@@ -75,6 +75,106 @@ def test_settings_of_a_fit_are_told_from_its_options() -> None:
     whole = make_grid(load_config(request_of(run={"seed": 4}, fits=[{**RECIPE, "dataset": "shapes[n=200]"}])))
     assert whole.explainers[0].wanted["shapes/resnet"].seed == 4  # the run's
     assert len(whole.explainers[0].wanted["shapes/resnet"].samples) == 200  # no limit of its own, so all
+
+
+class Listener(engine.Silent):
+    """Keeps what it is told of fits, in order."""
+
+    def __init__(self) -> None:
+        self.told: list[str] = []
+
+    def fitting(self) -> training.Watcher:
+        self.told.append("a fit begins")
+        return training.Silent()
+
+    def unfitted(self, explainer: str, model: str, reason: str) -> None:
+        self.told.append(f"{explainer} on {model}: {reason}")
+
+
+FAILING = [
+    {"name": "toy-fitted", "start": float("inf"), "label": "diverges"},
+    {"name": "toy-fitted", "start": float("inf"), "power": 1.0, "label": "likewise"},
+    {"name": "toy-fitted"},
+    {"name": "gradcam"},
+]
+
+
+def test_a_fit_that_fails_costs_its_own_line_alone(tmp_path: Path, home: Path) -> None:
+    listener = Listener()
+    done = faithmap.run(
+        request_of(explainers=FAILING), out=tmp_path / "run", figures=False, observer=listener
+    )
+    board = done.leaderboard().set_index("explainer")
+    reason = "not fitted: the fit of 'toy-fitted' ended with NaN or infinity in 'colour'; nothing was kept"
+    assert list(board.loc[["toy-fitted", "gradcam"], "status"]) == ["ok", "ok"]
+    for label in ("diverges", "likewise"):  # they share a fit, which is tried once
+        assert board.loc[label, "status"].startswith(f"skipped: {reason}")
+        assert f"- `{label}`: skipped: not fitted: the fit of" in (done.path / "leaderboard.md").read_text()
+    assert len(done.failed_fits) == 2 and done.failed_fits[0].startswith(
+        f"diverges on shapes/resnet: {reason}"
+    )
+    told = [text.partition(":")[0] for text in listener.told]
+    assert told == [
+        "a fit begins", "diverges on shapes/resnet", "a fit begins", "likewise on shapes/resnet",
+        "a fit begins",
+    ]  # fmt: skip
+    assert len(files(home)) == 1 and not list(home.rglob("*.lock"))
+
+
+def test_the_command_says_so_when_it_happens_and_ends_with_1(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "request.toml"
+    file.write_text(
+        '[run]\nlimit = 4\nown_nulls = []\nnull_draws = 1\nthreads = 1\n[[models]]\nname = "shapes/resnet"\n'
+        '[[datasets]]\nname = "shapes"\n[[metrics]]\nname = "drop"\n'
+        '[[explainers]]\nname = "toy-fitted"\nstart = inf\n[[explainers]]\nname = "gradcam"\n'
+        '[[fits]]\nname = "toy-fitted"\ndataset = "shapes[split=train,n=12]"\n'
+    )
+    code, said = typed("run", file, "--out", tmp_path / "run")
+    assert code == 1
+    assert "toy-fitted on shapes/resnet: not fitted: the fit of 'toy-fitted' ended with NaN" in said
+    log = capsys.readouterr().err
+    assert log.index("Lower its learning rate, or fit in fp32; the run goes on without it") < log.index(
+        " units"
+    )
+
+
+def skipped(done: faithmap.Run) -> str:
+    """The one reason why the toy explains nothing."""
+    rows = done.rows()
+    (reason,) = set(rows[rows["explainer"] == "toy-fitted"]["reason"])
+    return str(reason)
+
+
+def test_the_reason_is_that_of_the_latest_run(tmp_path: Path, home: Path) -> None:
+    from filelock import FileLock
+
+    request = request_of(explainers=[{"name": "toy-fitted", "start": float("inf")}, {"name": "gradcam"}])
+    asked_for = make_grid(load_config(request)).explainers[0].wanted["shapes/resnet"]
+    lock = (home / "fitted" / "toy-fitted" / asked_for.file_name).with_suffix(".lock")
+    lock.parent.mkdir(parents=True)
+    with FileLock(lock):
+        done = faithmap.run(request, out=tmp_path / "run", figures=False)
+    assert skipped(done).startswith("not fitted: another process is making $FAITHMAP_HOME/fitted/toy-fitted/")
+    done = faithmap.run(request, out=tmp_path / "run", figures=False)
+    assert skipped(done).startswith("not fitted: the fit of 'toy-fitted' ended with NaN")
+    before = {file: file.stat().st_mtime_ns for file in done.path.rglob("*.parquet")}
+    again = faithmap.run(request, out=tmp_path / "run", figures=False)
+    assert before == {file: file.stat().st_mtime_ns for file in again.path.rglob("*.parquet")}
+
+
+def test_ctrl_c_in_a_fit_ends_the_run(tmp_path: Path) -> None:
+    class Impatient(Listener):
+        def fitting(self) -> training.Watcher:
+            class Stopping(training.Silent):
+                def step(self, step: int, values: Any) -> None:
+                    raise KeyboardInterrupt
+
+            return Stopping()
+
+    with pytest.raises(KeyboardInterrupt):
+        faithmap.run(request_of(), out=tmp_path / "run", figures=False, observer=Impatient())
 
 
 def test_without_its_images_any_fit_serves_and_none_says_what_is_missing(tmp_path: Path) -> None:

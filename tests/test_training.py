@@ -113,6 +113,43 @@ def test_a_fit_survives_kill_9(tmp_path: Path, home: Path) -> None:
         assert float(one["loss"]) == pytest.approx(float(two["loss"]), abs=1e-6)
 
 
+#: A minute between checkpoints is longer than this fit.
+OFTEN = """
+import sys
+from faithmap import cli, training
+real = training.train
+training.train = lambda *a, **k: real(*a, **k, every=0.0)
+sys.exit(cli.main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.slow
+def test_a_decoder_survives_kill_9(tmp_path: Path, home: Path) -> None:
+    """A real method on a real model, as typed, killed with its optimiser and its schedule on their way."""
+    words = ["train", "scan[width=0.125]", "--model", "shapes/vit", "--dataset", "shapes[split=train,n=12]",
+             "--set", "steps=8", "--set", "batch_size=4", "--threads", "1"]  # fmt: skip
+    command = [sys.executable, "-c", OFTEN, *words]
+    folder = home / "fitted" / "scan"
+    with subprocess.Popen(command, env=os.environ, stderr=subprocess.DEVNULL) as process:
+        deadline = time.monotonic() + 240
+        while not list(folder.glob("*.checkpoint")):
+            assert time.monotonic() < deadline and process.poll() is None
+            time.sleep(0.02)
+        process.send_signal(signal.SIGKILL)
+    assert process.returncode == -signal.SIGKILL and not list(folder.glob("*.safetensors"))
+    again = subprocess.run(command, env=os.environ, capture_output=True, text=True, timeout=240)
+    assert again.returncode == 0 and "of them done before" in again.stderr, again.stderr
+    code, said = typed(*words, "--out", tmp_path / "whole")
+    assert code == 0, said
+    (resumed,), (whole,) = folder.glob("*.csv"), (tmp_path / "whole").glob("*.csv")
+    for one, two in zip(curve(resumed), curve(whole), strict=True):
+        assert one.keys() == two.keys() and {"step", "loss", "rate"} <= one.keys()
+        for name, value in two.items():
+            assert float(one[name]) == pytest.approx(float(value), abs=1e-6), (name, two["step"])
+    data = [fitting.read(file.with_suffix(".safetensors")).record["data"] for file in (resumed, whole)]
+    assert data[0] == data[1] and data[0]["seen"] == 12
+
+
 def test_the_command_says_what_was_made(tmp_path: Path, home: Path) -> None:
     code, said = typed("train", "toy-fitted", "--model", "shapes/resnet",
                        "--dataset", "shapes[split=train,n=8]", "--set", "epochs=2")  # fmt: skip

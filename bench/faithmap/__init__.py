@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from faithmap._torchvision import install
 
 if TYPE_CHECKING:
-    from faithmap.api import explain, score
+    from faithmap.api import explain, reconstruct, score
     from faithmap.batch import Batch, Maps, Scored, Values
     from faithmap.config import Config
     from faithmap.errors import FaithmapError
@@ -40,6 +40,7 @@ __all__ = [
     "explainer",
     "load_model",
     "metric",
+    "reconstruct",
     "run",
     "score",
 ]
@@ -60,6 +61,7 @@ _HOMES = {
     "explainer": "registry",
     "load_model": "models",
     "metric": "registry",
+    "reconstruct": "api",
     "run": "runner",
     "score": "api",
 }

@@ -1,8 +1,10 @@
-"""`faithmap.explain` and `faithmap.score`: one call each, without a run, a dataset or a folder."""
+"""`faithmap.explain`, `reconstruct` and `score`: one call each, without a run, a dataset or a folder."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,7 +14,18 @@ from faithmap.batch import Batch
 from faithmap.config import parse_spec, split_list
 from faithmap.context import Context
 from faithmap.errors import FaithmapError, RequestError
-from faithmap.explaining import HANDED, MapSet, bind, explain_batch, judge, lacking, undefined
+from faithmap.explaining import (
+    HANDED,
+    Bound,
+    MapSet,
+    bind,
+    explain_batch,
+    judge,
+    lacking,
+    reconstruct_batch,
+    reconstructs,
+    undefined,
+)
 from faithmap.fitting import advice, find, wants_fit
 from faithmap.models import Model, load_model
 from faithmap.records import Spec
@@ -34,6 +47,8 @@ def explain(
 ) -> Tensor:
     """The maps of one explainer.
 
+    What the explainer notes of its maps, such as a fallback, is given as one warning.
+
     Args:
         model: a `Model`, or a name such as "timm/resnet18".
         images: (B, 3, H, W), RGB in [0, 1].
@@ -50,6 +65,94 @@ def explain(
             the model.
         FaithmapError: the explainer failed on an image, which is named.
     """
+    maps, notes = ask(model, images, targets, explainer, seed, params).maps()
+    if notes:
+        told = [f"{text} (image {', '.join(map(str, which))})" for text, which in notes.items()]
+        warnings.warn(f"explainer '{explainer}' notes: {'; '.join(told)}", stacklevel=2)
+    return maps
+
+
+def reconstruct(
+    model: Model | str,
+    images: Tensor,
+    targets: Sequence[int] | Tensor | None = None,
+    explainer: str = "scan",
+    *,
+    seed: int = 0,
+    **params: Any,
+) -> Tensor:
+    """The images as an explainer reconstructs them, where it gives that beside its maps.
+
+    Args:
+        model: a `Model`, or a name such as "timm/resnet18".
+        images: (B, 3, H, W), RGB in [0, 1].
+        targets: the classes (B,) explained; by default the predictions.
+        explainer: a registry name.
+        seed: of explainers that draw random numbers.
+        **params: the explainer's own.
+
+    Returns:
+        (B, 3, H, W) in [0, 1].
+
+    Raises:
+        RequestError: a name, a shape or a parameter is wrong, or the explainer is not defined for
+            the model or gives no reconstruction.
+        FaithmapError: the explainer failed.
+    """
+    return ask(model, images, targets, explainer, seed, params).reconstruction()
+
+
+@dataclass(frozen=True)
+class Asked:
+    """One explainer, checked, with its fit, and the images that it explains: ready to be asked."""
+
+    call: Bound
+    model: Model
+    batch: Batch
+
+    def maps(self) -> tuple[Tensor, dict[str, list[int]]]:
+        """The maps (B, h, w), and what is noted of which images.
+
+        Raises:
+            FaithmapError: the explainer failed on an image, which is named.
+        """
+        found = explain_batch(self.call, self.model, self.batch)
+        notes: dict[str, list[int]] = {}
+        for i, (status, reason) in enumerate(zip(found.status, found.reasons, strict=True)):
+            if status == "failed":
+                raise FaithmapError(f"explainer '{self.call.plugin.name}' failed on image {i}: {reason}")
+            if status == "ok" and reason:
+                notes.setdefault(reason, []).append(i)
+        return found.maps, notes
+
+    @property
+    def reconstructs(self) -> bool:
+        """Whether it gives a reconstruction beside its maps."""
+        return reconstructs(self.call.plugin)
+
+    def reconstruction(self) -> Tensor:
+        """The images (B, 3, H, W) in [0, 1] as the explainer reconstructs them.
+
+        Raises:
+            FaithmapError: it gives no reconstruction, or fails on it.
+        """
+        return reconstruct_batch(self.call, self.model, self.batch)
+
+
+def ask(
+    model: Model | str,
+    images: Tensor,
+    targets: Sequence[int] | Tensor | None,
+    explainer: str,
+    seed: int,
+    params: Mapping[str, Any],
+) -> Asked:
+    """Check what is asked of one explainer, and find its fit; arguments as of `explain`.
+
+    Raises:
+        RequestError: a name, a shape or a parameter is wrong, or the explainer is not defined for
+            the model.
+    """
     network = load_model(model)
     plugin = get("explainer", explainer)
     checked = plugin.check(params)
@@ -60,11 +163,7 @@ def explain(
         reason = "" if fit else advice(plugin, checked, network)
     if reason:
         raise RequestError(f"explainer '{explainer}': {reason}")
-    found = explain_batch(bind(plugin, checked, fit=fit), network, batch)
-    for i, status in enumerate(found.status):
-        if status == "failed":
-            raise FaithmapError(f"explainer '{explainer}' failed on image {i}: {found.reasons[i]}")
-    return found.maps
+    return Asked(bind(plugin, checked, fit=fit), network, batch)
 
 
 def score(

@@ -234,11 +234,11 @@ def explain(
     seed: Annotated[int, typer.Option(help="Seed of explainers that draw.")] = 0,
     plugin: Plugins = None,
 ) -> None:
-    """Draw one image with the heat map of each explainer over it."""
+    """Draw one image with the heat map of each explainer over it, and what an explainer reconstructs."""
     from faithmap import commands, listing
 
     listing.load_plugins(plugin or [])
-    _exit(commands.explain(image, model, explainers, target, out, device, seed, OUT))
+    _exit(commands.explain(image, model, explainers, target, out, device, seed, OUT, ERR))
 
 
 @app.command()

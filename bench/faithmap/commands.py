@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from faithmap.config import Config, RunSettings, load_config, parse_spec, split_list
-from faithmap.errors import DataError, RequestError, nearest
+from faithmap.errors import DataError, FaithmapError, RequestError, nearest
 from faithmap.listing import load_plugins
 from faithmap.records import Sample, Spec
 
@@ -21,8 +21,11 @@ from faithmap.records import Sample, Spec
 SHOWN_NAMES = 8
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from faithmap.data import LoadedDataset
     from faithmap.finetuning import Finetuning
+    from faithmap.models import Model
     from faithmap.training import Training
 
 
@@ -78,7 +81,7 @@ def run(
         errors.print(line, markup=False, highlight=False, soft_wrap=True)
     for file in done.written:
         console.print(f"wrote {file}", markup=False, highlight=False, soft_wrap=True)
-    return print_failures(done.path, errors)
+    return print_failures(done.path, errors) or int(bool(done.failed_fits))
 
 
 def dry_run(config: Config, console: Console) -> int:
@@ -274,18 +277,20 @@ def train(
     """Fit, and say where the fit lies and how it is used."""
     from faithmap import progress
     from faithmap import training as fits
-    from faithmap.fitting import spec_text
+    from faithmap.fitting import spec_text, told_images
+    from faithmap.learning_record import told_counts
 
     started = time.monotonic()
     made = fits.train(asked, progress.watcher(errors), out=out, half=half, fresh=fresh)
     record = made.record
     taken = progress.clock(time.monotonic() - started)
+    data = record["data"]
+    images = told_images(data["images"], data.get("seen"))
     said = [
-        f"{record['explainer']} fitted to {record['model']['name']} on {record['data']['images']} images of "
-        f"{record['data']['dataset']}: {record['params_added']:,} parameters, {record['seconds']:.0f} s of "
-        f"fitting ({taken} now)"
+        f"{record['explainer']} fitted to {record['model']['name']} on {images} of {data['dataset']}: "
+        f"{record['params_added']:,} parameters, {record['seconds']:.0f} s of fitting ({taken} now)"
     ]
-    said += _unreadable(record["data"])
+    said += told_counts(record) + _unreadable(data)
     params = {**asked.params, "fitted": str(made.path)} if out else asked.params
     spec = shlex.quote(spec_text(asked.plugin, params))
     said += [f"wrote {made.path}", f"fit {made.key}: `faithmap run --explainers {spec}` takes it"]
@@ -347,10 +352,10 @@ def explain(
     device: str,
     seed: int,
     console: Console,
+    errors: Console,
 ) -> int:
-    """Write the figure of one image under several explainers."""
+    """Write the figure of one image under several explainers; 1 where a reconstruction failed."""
     from faithmap import heatmaps
-    from faithmap.api import explain as explain_images
     from faithmap.models import load_model
     from faithmap.registry import get
     from faithmap.runner import resolve_device
@@ -377,10 +382,36 @@ def explain(
         raise RequestError(
             f"--target {chosen} is out of range; the model has {len(logits)} classes (0 to {len(logits) - 1})"
         )
-    maps = []
-    for spec in specs:
-        found = explain_images(network, batch, [chosen], spec.name, seed=seed, **spec.params)
-        maps.append((spec.title, found[0]))
-    heatmaps.draw(prepared.image, maps, heatmaps.title(network, logits, chosen), out)
+    panels, failed = _panels(network, batch, chosen, specs, seed, console, errors)
+    heatmaps.draw(prepared.image, panels, heatmaps.title(network, logits, chosen), out)
     console.print(f"wrote {out}", markup=False, highlight=False, soft_wrap=True)
-    return 0
+    return 1 if failed else 0
+
+
+def _panels(
+    network: Model,
+    batch: Tensor,
+    target: int,
+    specs: Sequence[Spec],
+    seed: int,
+    console: Console,
+    errors: Console,
+) -> tuple[list[tuple[str, Tensor]], bool]:
+    """What is drawn of one image (1, 3, H, W), with titles; and whether a reconstruction is missing."""
+    from faithmap import api
+
+    panels, failed = [], False
+    for spec in specs:
+        asked = api.ask(network, batch, [target], spec.name, seed, spec.params)
+        maps, notes = asked.maps()
+        panels.append((spec.title, maps[0]))
+        for note in notes:
+            console.print(f"{spec.title}: {note}", markup=False, highlight=False, soft_wrap=True)
+        if not asked.reconstructs:
+            continue
+        try:
+            panels.append((f"{spec.title}:\nreconstruction", asked.reconstruction()[0]))
+        except FaithmapError as error:  # the other panels do not suffer
+            failed = True
+            errors.print(f"not drawn: {error}", markup=False, highlight=False, soft_wrap=True)
+    return panels, failed

@@ -26,6 +26,9 @@ class Observer(Protocol):
     def fitting(self) -> training.Watcher:
         """An explainer is about to be fitted; what is returned is told how that goes on."""
 
+    def unfitted(self, explainer: str, model: str, reason: str) -> None:
+        """That failed, and the run goes on without it."""
+
     def begin(self, units: int, done: int) -> None:
         """The run has so many units, of which some were stored by an earlier run."""
 
@@ -48,6 +51,9 @@ class Silent:
     def fitting(self) -> training.Watcher:
         """Nobody is told."""
         return training.Silent()
+
+    def unfitted(self, explainer: str, model: str, reason: str) -> None:
+        """Say nothing."""
 
     def begin(self, units: int, done: int) -> None:
         """Say nothing."""

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from faithmap.batch import Batch, Maps, seed_of
-from faithmap.errors import PluginError, RequestError
+from faithmap.errors import FaithmapError, PluginError, RequestError
 from faithmap.fitting import Fit
 from faithmap.models import Model
 from faithmap.parameters import keyword_only
@@ -102,7 +102,7 @@ def lacking(needs: frozenset[str], gives: frozenset[str] | set[str]) -> str:
 
 def bind(
     plugin: Plugin, params: Mapping[str, Any], files: Mapping[str, str] | None = None, fit: Fit | None = None
-) -> Callable[[Model, Batch], Maps]:
+) -> Bound:
     """Make `call(model, batch) -> maps` of an explainer, with its seeds and its random state.
 
     Args:
@@ -117,26 +117,60 @@ def bind(
     seeding = {name: value for name, value in params.items() if name not in core}
     side = params.get(REDUCED) if REDUCED in core else None
     key = canonical_json([plugin.name, seeding])
-    if fit is not None:
-        inner = _Loading(inner, fit)
+    return Bound(plugin, inner if fit is None else _Loading(inner, fit), key, side)
+
+
+class Bound:
+    """An explainer with its parameters, its fit and its seeds: what `bind` makes.
+
+    Args:
+        plugin: the explainer.
+        inner: what its parameters are bound in.
+        key: what its seeds depend on beside the run's seed and the image.
+        side: the grid that its maps are reduced to; None leaves them.
+    """
+
+    def __init__(self, plugin: Plugin, inner: Any, key: str, side: int | str | None) -> None:
+        self.plugin = plugin
+        self._inner, self._key, self._side = inner, key, side
 
     # Whoever asks may have switched gradients off: a method need not think of it.
     @torch.enable_grad()
-    def call(model: Model, batch: Batch) -> Maps:
+    def __call__(self, model: Model, batch: Batch) -> Maps:
+        """The maps of a batch."""
+        return _reduced(self._each(self._inner, as_maps, model, batch), self._side, model)
+
+    @torch.enable_grad()
+    def reconstruct(self, model: Model, batch: Batch) -> Tensor:
+        """The images (B, 3, H, W) in [0, 1] as the explainer reconstructs them; see `reconstructs`."""
+        return self._each(self._inner.reconstruct, as_images, model, replace(batch, notes={}))
+
+    def _each(
+        self,
+        method: Callable[[Model, Batch], Any],
+        checked: Callable[[str, Any, Batch], Tensor],
+        model: Model,
+        batch: Batch,
+    ) -> Tensor:
+        """What a method returns for a batch, checked: at once, or image by image."""
+        name, facts = self.plugin.name, self.plugin.facts
         # What a map is scored against is not shown to what makes it.
-        seeded = batch.with_seed_key(key).showing(plugin.facts.needs)
-        if not plugin.facts.per_image:
-            return _reduced(as_maps(plugin.name, inner(model, seeded), seeded), side, model)
-        maps = []
+        seeded = batch.with_seed_key(self._key).showing(facts.needs)
+        if not facts.per_image:
+            return checked(name, method(model, seeded), seeded)
+        found = []
         for i in range(len(seeded)):
             single = seeded.select([i])
-            with forked_random_state(seed_of(batch.seed, key, batch.ids[i]), model.device):
-                maps.append(as_maps(plugin.name, inner(model, single), single))
+            with forked_random_state(seed_of(batch.seed, self._key, batch.ids[i]), model.device):
+                found.append(checked(name, method(model, single), single))
             if single.notes:
                 seeded.notes[i] = single.notes[0]
-        return _reduced(torch.cat(maps), side, model)
+        return torch.cat(found)
 
-    return call
+
+def reconstructs(plugin: Plugin) -> bool:
+    """Whether an explainer gives a reconstruction beside its maps: a class with a `reconstruct`."""
+    return inspect.isclass(plugin.target) and callable(getattr(plugin.target, "reconstruct", None))
 
 
 def _reduced(maps: Maps, side: int | str | None, model: Model) -> Maps:
@@ -155,10 +189,16 @@ class _Loading:
         self._device: torch.device | None = None
 
     def __call__(self, model: Model, batch: Batch) -> Any:
+        return self._ready(model)(model, batch)
+
+    def reconstruct(self, model: Model, batch: Batch) -> Any:
+        return self._ready(model).reconstruct(model, batch)
+
+    def _ready(self, model: Model) -> Any:
         if self._model is not model or self._device != model.device:
             self._inner.load(model, self._fit.tensors())
             self._model, self._device = model, model.device
-        return self._inner(model, batch)
+        return self._inner
 
 
 @contextmanager
@@ -188,6 +228,48 @@ def as_maps(name: str, maps: Any, batch: Batch) -> Tensor:
             f"{expected}"
         )
     return maps.detach().to(batch.images.device, torch.float32)
+
+
+def as_images(name: str, images: Any, batch: Batch) -> Tensor:
+    """Check what an explainer's `reconstruct` returned and bring it to float32 on the batch's device."""
+    expected = f"expected a tensor ({len(batch)}, 3, H, W) with values in [0, 1]"
+    if not isinstance(images, Tensor):
+        raise PluginError(
+            f"explainer '{name}': its reconstruct returned a {type(images).__name__}; {expected}"
+        )
+    if images.ndim != 4 or images.shape[:2] != (len(batch), 3) or min(images.shape[2:]) < 2:
+        raise PluginError(
+            f"explainer '{name}': its reconstruct returned {tuple(images.shape)} for images "
+            f"{tuple(batch.images.shape)}; {expected}"
+        )
+    found = images.detach().to(batch.images.device, torch.float32)
+    if not bool(((found >= 0) & (found <= 1)).all()):  # which NaN is not either
+        raise PluginError(
+            f"explainer '{name}': its reconstruct returned values from {float(found.min()):g} to "
+            f"{float(found.max()):g}; {expected}"
+        )
+    return found
+
+
+def reconstruct_batch(call: Bound, model: Model, batch: Batch) -> Tensor:
+    """The images (B, 3, H, W) in [0, 1] as a bound explainer reconstructs them.
+
+    Shown and seeded as for its maps. Where these were made of the same batch, the passes that they share
+    with it are not made again.
+
+    Raises:
+        FaithmapError: it gives no reconstruction, or fails on it.
+    """
+    name = call.plugin.name
+    if not reconstructs(call.plugin):
+        raise RequestError(f"explainer '{name}' gives no reconstruction; name one that has a `reconstruct`")
+    try:
+        with guarded(model):
+            return call.reconstruct(model, batch)
+    except FaithmapError:
+        raise
+    except Exception as error:
+        raise PluginError(f"explainer '{name}': its reconstruct raises {describe(error)}") from error
 
 
 def explain_batch(call: Callable[[Model, Batch], Maps], model: Model, batch: Batch) -> MapSet:

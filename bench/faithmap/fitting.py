@@ -9,6 +9,8 @@ Such an explainer is a class:
 - `load(self, model, tensors)`: makes it ready to explain that model with what a fit has kept.
 - `__call__(self, model, batch) -> maps`: as any explainer.
 - `wants_fit` (optional, a property): False where the parameters need no fit.
+- `reconstruct(self, model, batch) -> images` (optional): the images as it reconstructs them, (B, 3, H, W) in
+  [0, 1], for `faithmap explain` and `faithmap.reconstruct`.
 
 A fit is a safetensors file with its record. Its name begins with the key of what it serves (explainer,
 version, the model's weights and the parameters that the fit depends on) and ends with the key of how it
@@ -230,11 +232,22 @@ def _told(fits: Sequence[Fit]) -> str:
     for fit in fits:
         data, options = fit.record.get("data", {}), fit.record.get("options", {})
         told = ", ".join(f"{key} {value}" for key, value in options.items())
+        images = told_images(data.get("images"), data.get("seen"))
         lines.append(
-            f"{fit.key} ({data.get('images')} images of {data.get('dataset')}, {told}, seed "
+            f"{fit.key} ({images} of {data.get('dataset')}, {told}, seed "
             f"{fit.record.get('seed')}, made {fit.record.get('created')}: {fit.path})"
         )
     return ("there is " if len(lines) == 1 else "there are ") + " and ".join(lines)
+
+
+def told_images(given: int | None, seen: int | None) -> str:
+    """How many images a fit was given, and how many it has seen where these are fewer.
+
+    >>> told_images(128, 12), told_images(128, 128), told_images(128, None)
+    ('12 of 128 images', '128 images', '128 images')
+    """
+    few = f"{seen} of " if seen is not None and given is not None and seen < given else ""
+    return f"{few}{given} images"
 
 
 def file_name(served: str, key: str) -> str:

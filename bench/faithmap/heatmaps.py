@@ -105,20 +105,21 @@ def draw_grid(rows: Sequence[tuple[str, Tensor, Sequence[Tensor | None]]], title
 
 
 def draw(
-    image: Tensor, maps: Sequence[tuple[str, Tensor]], heading: str, out: Path, columns: int = 5
+    image: Tensor, shown: Sequence[tuple[str, Tensor]], heading: str, out: Path, columns: int = 5
 ) -> None:
-    """Draw the image and one overlay for each map into a file.
+    """Draw the image, and one panel for each map or picture, into a file.
 
     Args:
         image: (3, H, W) in [0, 1].
-        maps: titles with maps (h, w) at any resolution.
+        shown: titles with maps (h, w) at any resolution, which are laid over the image, or with pictures
+            (3, h, w) in [0, 1], which stand by themselves.
         heading: the figure's title.
         out: a .png, .pdf or .svg file.
         columns: panels in a row.
     """
     from matplotlib.figure import Figure
 
-    panels = len(maps) + 1
+    panels = len(shown) + 1
     width = min(columns, panels)
     height = -(-panels // width)
     figure = Figure(figsize=(2.2 * width, 2.4 * height + 0.5), dpi=150, layout="constrained")
@@ -128,7 +129,10 @@ def draw(
         axis.set_axis_off()
     lay(axes[0], image, None)
     axes[0].set_title("image", fontsize=9)
-    for axis, (name, heat) in zip(axes[1:], maps, strict=False):
-        lay(axis, image, heat)
+    for axis, (name, drawn) in zip(axes[1:], shown, strict=False):
+        if drawn.ndim == 3:
+            lay(axis, drawn, None)
+        else:
+            lay(axis, image, drawn)
         axis.set_title(name, fontsize=9)
     figure.savefig(out, metadata={"Software": None} if out.suffix == ".png" else None)

@@ -15,7 +15,8 @@ from faithmap.heads import Head, Taps
 from faithmap.models import Model
 from faithmap.records import Sample
 from faithmap.store import write_bytes
-from faithmap.training import Session, TrainingData, epoch_order
+from faithmap.training import Session, TrainingData
+from faithmap.training_images import epoch_order
 
 #: Images in a file: what is lost when a process is killed.
 SHARD = 512

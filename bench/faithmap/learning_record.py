@@ -20,6 +20,9 @@ if TYPE_CHECKING:
     from faithmap.training import Session
 
 
+#: Columns of a curve that count images of a step, whichever explainer reports them: what is true of these
+#: images. A record keeps their sums.
+COUNTED = {"unmasked": "not masked, as no gradient was positive"}
 #: Images that could not be read are named in a record up to this many.
 NAMED = 100
 
@@ -59,6 +62,7 @@ def circumstances(session: Session, model: Model) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "steps": len(session.curve),
         "last": session.curve[-1] if session.curve else {},
+        **({"counts": counts} if (counts := counted(session.curve)) else {}),
         "seconds": round(session.elapsed(), 3),
         "faithmap": faithmap.__version__,
         **git_state(checkout()),
@@ -66,6 +70,19 @@ def circumstances(session: Session, model: Model) -> dict[str, Any]:
         "command": command_line(),
         "created": datetime.datetime.now(datetime.UTC).replace(microsecond=0).isoformat(),
     }
+
+
+def counted(curve: Sequence[Mapping[str, float]]) -> dict[str, int]:
+    """The sums of the columns that count images."""
+    return {name: round(sum(line[name] for line in curve)) for name in COUNTED if curve and name in curve[0]}
+
+
+def told_counts(record: Mapping[str, Any]) -> list[str]:
+    """A line for each sum of a record that is above zero: what is true of how many image passes."""
+    passes = record["data"].get("passes")
+    of = "" if passes is None else f" of {passes}"
+    counts = record.get("counts", {})
+    return [f"{what}: {counts[name]}{of} image passes" for name, what in COUNTED.items() if counts.get(name)]
 
 
 def curve_csv(curve: Sequence[Mapping[str, float]]) -> str:

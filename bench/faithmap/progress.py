@@ -38,6 +38,11 @@ class Bar:
         """A bar for the fit that follows."""
         return FitBar(self._progress.console)
 
+    def unfitted(self, explainer: str, model: str, reason: str) -> None:
+        """That failed, and the run goes on without it."""
+        text = told_unfitted(explainer, model, reason)
+        self._progress.console.print(text, markup=False, highlight=False, soft_wrap=True)
+
     def checked(self, plugin: str, failed: int, seconds: float) -> None:
         """A plugin that is not built in has been checked."""
         text = told_check(plugin, failed, seconds)
@@ -83,6 +88,10 @@ class Lines:
     def fitting(self) -> FitLines:
         """Lines for the fit that follows."""
         return FitLines(self._stream)
+
+    def unfitted(self, explainer: str, model: str, reason: str) -> None:
+        """That failed, and the run goes on without it."""
+        self._say(told_unfitted(explainer, model, reason))
 
     def checked(self, plugin: str, failed: int, seconds: float) -> None:
         """A plugin that is not built in has been checked."""
@@ -190,6 +199,11 @@ def told_check(plugin: str, failed: int, seconds: float) -> str:
     """What the checks of a plugin came to, in a line."""
     found = f"{failed} failed, so it is marked unreliable" if failed else "all passed"
     return f"checked {plugin}, which is not built in: {found} ({seconds:.1f} s)"
+
+
+def told_unfitted(explainer: str, model: str, reason: str) -> str:
+    """A fit that failed, in a line."""
+    return f"{explainer} on {model}: {reason}; the run goes on without it"
 
 
 def told_rate(images: int, seconds: float) -> str:

@@ -7,7 +7,7 @@
 
 `part`, `limit`, `seed` and `precision` are those of `faithmap train`; the seed is by default the run's. Each
 variant of the explainer that the request names is fitted to each model, and kept and found again as if
-`faithmap train` had been typed.
+`faithmap train` had been typed. A fit that fails costs its own line of the board, which then has the reason.
 """
 
 from __future__ import annotations
@@ -20,13 +20,15 @@ from typing import Any
 from faithmap import fitting
 from faithmap.config import Config, RunSettings, parse_spec, run_settings
 from faithmap.data import LoadedDataset, choose, load_dataset
-from faithmap.errors import RequestError, nearest
+from faithmap.errors import FaithmapError, RequestError, nearest
 from faithmap.fitting import Fit
 from faithmap.models import Model
 from faithmap.records import Sample, Spec
 from faithmap.registry import Plugin, get, plugins
-from faithmap.training import Training, fit_options
+from faithmap.training import Training, Watcher, fit_options, train
 
+#: How the reason begins that stands on the board for a fit that was tried and failed.
+FAILED = "not fitted: "
 #: Settings of a fit that are no options of the explainer's own.
 SETTINGS = ("part", "limit", "seed", "precision")
 
@@ -84,6 +86,24 @@ def made(asked: Training) -> Fit | None:
         if file.is_file():
             return fitting.read(file)
     return None
+
+
+def fit_or_reason(asked: Training, failed: dict[str, str], watcher: Watcher) -> Fit | str:
+    """Make a fit that a request asks for; where it fails, the reason, so that the others go on.
+
+    Args:
+        asked: what is fitted to what; the model is on its device.
+        failed: the reasons of those that failed, by file: one that several lines ask for is tried once.
+        watcher: is told how it goes on.
+    """
+    if asked.file_name not in failed:
+        try:
+            return train(asked, watcher)
+        except FaithmapError as error:
+            # Folders of this machine have no place on a board.
+            told = str(error).replace(str(fitting.home()), f"${fitting.HOME_VARIABLE}")
+            failed[asked.file_name] = f"{FAILED}{told}"
+    return failed[asked.file_name]
 
 
 def _is_named(name: str) -> bool:

@@ -27,8 +27,8 @@ from faithmap.pool import Pool
 from faithmap.previews import draw_previews
 from faithmap.provenance import manifest
 from faithmap.records import VARIANTS, digest
+from faithmap.requested_fits import FAILED, fit_or_reason
 from faithmap.store import RunStore
-from faithmap.training import train
 from faithmap.units import Group
 
 if TYPE_CHECKING:
@@ -43,6 +43,8 @@ class Run:
     manifest: Mapping[str, Any]
     #: Files that were written besides the rows.
     written: tuple[Path, ...] = ()
+    #: Fits of the request that were tried and failed, with the reasons.
+    failed_fits: tuple[str, ...] = ()
 
     def rows(self) -> pd.DataFrame:
         """The per-image rows of the request's cells."""
@@ -113,7 +115,8 @@ def run(
 def fit_wanted(grid: Grid, observer: Observer) -> Grid:
     """Fit what the request itself fits and what is not fitted yet: the same grid with these fits.
 
-    Each fit is kept as `faithmap train` keeps it, and goes on after a kill likewise.
+    Each fit is kept as `faithmap train` keeps it, and goes on after a kill likewise. One that fails is a
+    reason on the board, and the others go on.
     """
     if not any(use.wanted for use in grid.explainers):
         return grid
@@ -121,14 +124,30 @@ def fit_wanted(grid: Grid, observer: Observer) -> Grid:
     torch.set_num_threads(run_settings.threads or usable_cores())
     device = resolve_device(run_settings.device)
     explainers = []
+    failed: dict[str, str] = {}
     for use in grid.explainers:
         fits, unfitted = dict(use.fits), dict(use.unfitted)
         for name, asked in use.wanted.items():
             asked.model.to(device).eval()
-            fits[name] = train(asked, observer.fitting())
-            del unfitted[name]
+            found = fit_or_reason(asked, failed, observer.fitting())
+            if isinstance(found, str):
+                unfitted[name] = found
+                observer.unfitted(use.label, name, found)
+            else:
+                fits[name] = found
+                del unfitted[name]
         explainers.append(replace(use, fits=fits, unfitted=unfitted, wanted={}))
     return replace(grid, explainers=tuple(explainers))
+
+
+def _failed_fits(grid: Grid) -> tuple[str, ...]:
+    """The fits of the request that were tried and failed, with the reasons."""
+    return tuple(
+        f"{use.label} on {name}: {reason}"
+        for use in grid.explainers
+        for name, reason in use.unfitted.items()
+        if reason.startswith(FAILED)
+    )
 
 
 def _run_locked(
@@ -172,7 +191,7 @@ def _run_locked(
         multiverse.run_variants(grid, settings, variants, library, observer, content["verdicts"])
         library.drop()
         written += write_variants(store.path, figures=figures)
-    return Run(store.path, content, (*written, *drawn))
+    return Run(store.path, content, (*written, *drawn), _failed_fits(grid))
 
 
 def planned(groups: Sequence[Group]) -> dict[str, dict[str, Any]]:

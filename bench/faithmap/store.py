@@ -132,6 +132,14 @@ class RunStore:
             found[key] = units
         return found
 
+    def drop_other_skips(self, key: str, reason: str) -> None:
+        """Remove rows that say why a cell is skipped, where that is no longer the reason."""
+        for file in sorted((self.rows_path / key).glob("*.parquet")):
+            table = _read(file, ["status", "reason"])
+            said = set(zip(table["status"].to_pylist(), table["reason"].to_pylist(), strict=True))
+            if {status for status, _ in said} == {"skipped"} and said != {("skipped", reason)}:
+                file.unlink()
+
     def write(self, key: str, shard: str, rows: Sequence[Row]) -> None:
         """Write the rows of one unit, whole or not at all."""
         names = [field.name for field in fields(Row)]

@@ -16,12 +16,11 @@ from typing import Any, Protocol
 import torch
 from filelock import FileLock, Timeout
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
 from faithmap import fitting
-from faithmap.batch import seed_of
 from faithmap.data import LoadedDataset
-from faithmap.errors import DataError, FaithmapError, RequestError, nearest
+from faithmap.errors import FaithmapError, RequestError, nearest
 from faithmap.explaining import describe, guarded
 from faithmap.fitting import Fit
 from faithmap.learning_record import circumstances, curve_csv, data_entry
@@ -30,12 +29,10 @@ from faithmap.parameters import check_type, with_defaults
 from faithmap.records import Sample, digest
 from faithmap.registry import Plugin
 from faithmap.store import write_bytes
-from faithmap.transforms import prepare
+from faithmap.training_images import Images, Seen, collate, epoch_order
 
 #: Seconds between two checkpoints.
 EVERY = 60.0
-#: Images are kept in memory once they have been read, up to this many bytes.
-KEPT_BYTES = 2 * 2**30
 
 
 class Watcher(Protocol):
@@ -75,10 +72,13 @@ class TrainingData:
     """
 
     def __init__(self, samples: Sequence[Sample], model: Model, seed: int, workers: int = 0) -> None:
-        self._images = _Images(samples, model, keep=workers == 0)
+        self._images = Images(samples, model, keep=workers == 0)
+        self._ids = [sample.id for sample in samples]
         self._device, self._seed, self._workers = model.device, seed, workers
         #: Ids of the images that could not be read, with the reason.
         self.unreadable: dict[str, str] = {}
+        #: Which images were learnt from.
+        self.seen = Seen(len(samples))
 
     def __len__(self) -> int:
         return len(self._images)
@@ -106,51 +106,13 @@ class TrainingData:
         count = self.steps(batch_size, drop_last=drop_last)
         chosen = [order[i * batch_size : (i + 1) * batch_size] for i in range(start, count)]
         loader: Any = DataLoader(
-            self._images, batch_sampler=chosen, num_workers=self._workers, collate_fn=_collate
+            self._images, batch_sampler=chosen, num_workers=self._workers, collate_fn=collate
         )
-        for images, labels, faults in loader:
+        for positions, (images, labels, faults) in zip(chosen, loader, strict=True):
             self.unreadable.update(faults)
+            self.seen.hand([i for i in positions if self._ids[i] not in faults])
             yield images.to(self._device, non_blocking=True), labels.to(self._device)
-
-
-def epoch_order(count: int, seed: int, epoch: int) -> list[int]:
-    """The order of so many images in an epoch, which the seed and the epoch alone decide."""
-    generator = torch.Generator().manual_seed(seed_of(seed, "epoch", str(epoch)))
-    order: list[int] = torch.randperm(count, generator=generator).tolist()
-    return order
-
-
-class _Images(Dataset[tuple[Tensor | None, int, str, str]]):
-    """Images as a model takes them; those that were read are kept, if they may be and fit."""
-
-    def __init__(self, samples: Sequence[Sample], model: Model, keep: bool) -> None:
-        self._samples, self._transform = samples, model.transform
-        height, width = model.input_size
-        self._keep = keep and len(samples) * 3 * height * width * 4 <= KEPT_BYTES
-        self._kept: dict[int, Tensor] = {}
-
-    def __len__(self) -> int:
-        return len(self._samples)
-
-    def __getitem__(self, index: int) -> tuple[Tensor | None, int, str, str]:
-        sample = self._samples[index]
-        label = -1 if sample.label is None else sample.label
-        if index in self._kept:
-            return self._kept[index], label, sample.id, ""
-        try:
-            image = prepare(sample, self._transform).image
-        except DataError as error:
-            return None, label, sample.id, str(error)
-        if self._keep:
-            self._kept[index] = image
-        return image, label, sample.id, ""
-
-
-def _collate(items: Sequence[tuple[Tensor | None, int, str, str]]) -> tuple[Tensor, Tensor, dict[str, str]]:
-    read = [(image, label) for image, label, _, _ in items if image is not None]
-    faults = {name: reason for image, _, name, reason in items if image is None}
-    images = torch.stack([image for image, _ in read]) if read else torch.zeros(0, 3, 1, 1)
-    return images, torch.tensor([label for _, label in read], dtype=torch.long), faults
+            self.seen.count()
 
 
 @dataclass
@@ -172,6 +134,8 @@ class Session:
     seconds: float = 0.0
     #: Set to stop at the next checkpoint that is offered.
     stopping: bool = False
+    #: Counts the images that are learnt from; None counts none.
+    seen: Seen | None = None
 
     def __post_init__(self) -> None:
         self._started = self._last = time.monotonic()
@@ -189,6 +153,8 @@ class Session:
             held = torch.load(self.file, map_location="cpu", weights_only=True)
             self.curve, self.seconds = list(held["curve"]), float(held["seconds"])
             state: dict[str, Any] = held["state"]
+            if self.seen is not None:
+                self.seen.restore(held.get("seen"))
         except Exception as error:
             raise FaithmapError(
                 f"the checkpoint {self.file} is damaged ({type(error).__name__}); delete it, or fit with "
@@ -212,7 +178,10 @@ class Session:
         if time.monotonic() - self._last < self.every and not self.stopping:
             return
         buffer = io.BytesIO()
-        torch.save({"state": make_state(), "curve": self.curve, "seconds": self.elapsed()}, buffer)
+        held = {"state": make_state(), "curve": self.curve, "seconds": self.elapsed()}
+        if self.seen is not None:
+            held["seen"] = self.seen.state()
+        torch.save(held, buffer)
         write_bytes(self.file, buffer.getvalue())
         self._last = time.monotonic()
         if self.stopping:
@@ -229,6 +198,8 @@ class Session:
         if not self._begun:
             self.watcher.begin(self.title, steps, step - 1)
             self._begun = True
+        if self.seen is not None:
+            self.seen.count()
         self.curve.append({"step": float(step), **{key: float(value) for key, value in values.items()}})
         self.watcher.step(step, values)
 
@@ -409,6 +380,7 @@ def fit_in_memory(plugin: Plugin, params: Mapping[str, Any], model: Model, data:
 
 def _fit(request: Training, session: Session) -> tuple[dict[str, Tensor], TrainingData]:
     data = TrainingData(request.samples, request.model, request.seed, request.workers)
+    session.seen = data.seen
     explainer: Any = request.plugin.make(request.params)
     try:
         with guarded(request.model), torch.enable_grad():
@@ -464,9 +436,12 @@ def _record(
         "params": fitting.fit_params(request.plugin, request.params),
         "options": dict(request.options),
         "model": {"name": request.model.name, "weights": request.model.weights_digest()},
-        "data": data_entry(
-            request.dataset, request.samples, data.unreadable, part=request.part, limit=request.limit
-        ),
+        "data": {
+            **data_entry(
+                request.dataset, request.samples, data.unreadable, part=request.part, limit=request.limit
+            ),
+            **data.seen.entry(),
+        },
         "transform": repr(request.model.transform),
         "params_added": sum(
             value.numel() for name, value in tensors.items() if not name.endswith(fitting.BUFFERS)

@@ -53,6 +53,9 @@ class Group:
 
     def load_done(self, store: RunStore) -> None:
         """Read from the rows what need not be computed again."""
+        for task in self.tasks:
+            if task.skip:
+                store.drop_other_skips(task.cell.key, task.skip)
         self.done = store.done([task.cell.key for task in self.tasks] + [self.read_key])
         self.unreadable = {image for image, spec in self.done.pop(self.read_key) if spec == UNREADABLE}
 

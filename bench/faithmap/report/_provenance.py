@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from faithmap.fitting import told_images
 from faithmap.records import canonical_json
 
 _TIMES = "\N{MULTIPLICATION SIGN}"
@@ -172,9 +173,9 @@ def _fits(manifest: Mapping[str, Any]) -> list[str]:
             told = ", ".join(f"{key} {_shown(value)}" for key, value in settings if value is not None)
             lines.append(
                 f"- **fit** of `{plain(name)}` to `{plain(model)}`: `{fit['key']}` (tensors "
-                f"`{fit['digest']}`), {fit['fit_images']} images of `{plain(str(data.get('dataset')))}`, "
-                f"{told}, seed {record.get('seed')}, {record.get('precision')}, "
-                f"{fit['fit_seconds']:.0f} s on {record.get('device')}"
+                f"`{fit['digest']}`), {told_images(fit['fit_images'], data.get('seen'))} of "
+                f"`{plain(str(data.get('dataset')))}`, {told}, seed {record.get('seed')}, "
+                f"{record.get('precision')}, {fit['fit_seconds']:.0f} s on {record.get('device')}"
             )
     return lines
 
