@@ -26,7 +26,7 @@ from faithmap.explaining import describe, guarded
 from faithmap.fitting import Fit
 from faithmap.learning_record import circumstances, curve_csv, data_entry
 from faithmap.models import Model
-from faithmap.parameters import check_type, with_defaults
+from faithmap.parameters import annotated_types, check_type, with_defaults
 from faithmap.records import Sample, digest
 from faithmap.registry import Plugin
 from faithmap.store import write_bytes
@@ -282,14 +282,15 @@ def fit_options(plugin: Plugin, given: Mapping[str, Any]) -> dict[str, Any]:
     """
     if not plugin.fits:
         raise RequestError(f"explainer '{plugin.name}' is not fitted: it explains any model as it is")
-    known = plugin.fit_options
+    known, annotated = plugin.fit_options, annotated_types(plugin.target.fit)  # type: ignore[attr-defined]
     for key, value in given.items():
         if key not in known:
             raise RequestError(
                 f"the fit of '{plugin.name}' has no option '{key}'; "
                 + (nearest(key, known) if known else "it has none")
             )
-        check_type(f"the fit of '{plugin.name}', option '{key}'", value, known[key])
+        where = f"the fit of '{plugin.name}', option '{key}'"
+        check_type(where, value, known[key], annotated.get(key, ()))
     options = with_defaults(known, given)
     missing = [key for key, value in options.items() if value is inspect.Parameter.empty]
     if missing:
