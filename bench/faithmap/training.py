@@ -325,7 +325,7 @@ def train(
         RequestError: the explainer needs no fit with these parameters, or another process makes it.
     """
     if not fitting.wants_fit(request.plugin, request.params):
-        raise RequestError(f"explainer '{request.plugin.name}' needs no fit with these parameters")
+        raise RequestError(fitting.needless(request.plugin, request.params))
     folder = fitting.home() / "fitted" / request.plugin.name if out is None else out
     file = folder / request.file_name
     if file.is_file() and not fresh:
@@ -469,8 +469,6 @@ def _record(
             request.dataset, request.samples, data.unreadable, part=request.part, limit=request.limit
         ),
         "transform": repr(request.model.transform),
-        "params_added": sum(
-            value.numel() for name, value in tensors.items() if not name.endswith(fitting.BUFFERS)
-        ),
+        "params_added": fitting.numbers_used(request.plugin, request.params, tensors),
         **circumstances(session, request.model),
     }
