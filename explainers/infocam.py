@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from faithmap import explainer
 
@@ -20,6 +22,12 @@ if TYPE_CHECKING:
 MODES = ("auto", "channel", "element", "mean-field")
 MAPS = ("auto", "A", "A_plus", "density", "density_plus")
 WEIGHTS = ("info", "gate")
+#: What is noted of maps that are zero everywhere.
+SHUT = "less than min_nats passes the gates: nothing speaks for the class, or beta is too large"
+ABSENT = "what passes the gates lies in channels or cells that the map leaves out"
+#: Words that `statistics` takes; anything else is a file.
+STATISTICS = ("zero", "image", "fitted")
+NOT_NEGATIVE = ("gamma", "min_active", "min_nats")
 
 
 def _undefined(model: Model) -> str | None:
@@ -185,8 +193,12 @@ class InfoCAM:
             "prior_samples": prior_samples, "contexts": contexts, "start": start, "min_nats": min_nats,
         }  # fmt: skip
         _check(self._given, min_std=min_std, min_active=min_active)
+        _check_statistics(statistics)
         self._layer, self._min_std, self._min_active = layer, min_std, min_active
         self._statistics: str | Statistics = statistics
+
+    #: The parameters that ask for a fit.
+    fit_when: ClassVar[Mapping[str, Any]] = {"statistics": "fitted"}
 
     @property
     def wants_fit(self) -> bool:
@@ -207,6 +219,11 @@ class InfoCAM:
 
         layer = cut_at(model, self._layer).layer
         return gather_statistics(model, data, session, layer, batch_size).tensors()
+
+    def numbers_used(self, tensors: Mapping[str, Tensor]) -> int:
+        """Mean and spread of each channel, of prefix tokens apart; the rest says how they are had."""
+        prefix = tensors.get("prefix")
+        return 2 * len(tensors["mean"]) + (0 if prefix is None else prefix.numel())
 
     def load(self, model: Model, tensors: Mapping[str, Tensor]) -> None:
         """Take the statistics of a fit."""
@@ -244,14 +261,15 @@ class InfoCAM:
         chunk = max(1, chunk_size(model, batch.size) // 4)
         if isinstance(tail, PooledTail):
             chunk = max(64, 2**23 // features.values[0].numel())
-        maps = []
+        maps, shut = [], []
         for part in torch.arange(len(batch), device=features.values.device).split(
             max(1, chunk // (2 * chosen.samples))
         ):
             here = features.select(part)
             gates = _fitted(tail, here, [batch.generator(i) for i in part.tolist()], chosen, chunk)
             maps.append(_map(cut, here, gates, chosen))
-        return torch.cat(maps)
+            shut.append(_shut(cut, here, gates, chosen))
+        return _noted(batch, torch.cat(maps), torch.cat(shut))
 
 
 @dataclass(frozen=True)
@@ -313,14 +331,28 @@ def _check(given: Mapping[str, Any], **more: float) -> None:
             raise RequestError(f"infocam: unknown {what} '{given[what]}'; {nearest(given[what], known)}")
     numbers = {**given, **more}
     positive = ("beta", "iterations", "learning_rate", "samples", "prior_samples", "contexts", "min_std")
-    wrong = [name for name in positive if numbers[name] is not None and numbers[name] <= 0]
-    wrong += [name for name in ("gamma", "min_active", "min_nats") if numbers[name] < 0]
+    counted = [name for name in (*positive, *NOT_NEGATIVE, "start") if numbers[name] is not None]
+    wrong = [name for name in counted if not math.isfinite(numbers[name])]
+    wrong += [name for name in positive if name in counted and numbers[name] <= 0]
+    wrong += [name for name in NOT_NEGATIVE if numbers[name] < 0]
     wrong += ["samples"] if given["samples"] % 2 else []
     if wrong:
         raise RequestError(
-            f"infocam: got {wrong[0]} {numbers[wrong[0]]}; expected {', '.join(positive)} above zero "
-            "(without a beta, features of no effect would keep their gates), samples even (they come in "
-            "pairs), and gamma, min_active and min_nats not negative"
+            f"infocam: got {wrong[0]} {numbers[wrong[0]]}; expected finite numbers: {', '.join(positive)} "
+            "above zero (without a beta, features of no effect would keep their gates), samples even (they "
+            f"come in pairs), and {', '.join(NOT_NEGATIVE)} not negative"
+        )
+
+
+def _check_statistics(statistics: str | Path) -> None:
+    """Refuse an unknown word. What has an ending or a folder is a file, and looked for when it is read."""
+    from faithmap.errors import RequestError, nearest
+
+    name = str(statistics)
+    bare = Path(name).name == name and not Path(name).suffix
+    if bare and name not in STATISTICS and not Path(name).is_file():
+        raise RequestError(
+            f"infocam: unknown statistics '{name}', and no such file; {nearest(name, STATISTICS)}"
         )
 
 
@@ -369,8 +401,20 @@ def _map(cut: Cut, features: Features, gates: Gates, chosen: _Settings) -> Tenso
             weights = carried.mean(2) * (excess.mean(2) > 0)
         shown = excess.clamp_min(0) if chosen.map == "A_plus" else values
         maps = (_shares(weights).unsqueeze(2) * shown).sum(1).clamp_min(0)
-    empty = nats.mean(2).sum(1) < chosen.min_nats
-    filled: Tensor = maps.masked_fill(empty.unsqueeze(1), 0.0).unflatten(1, cut.layout.grid)
+    return maps.unflatten(1, cut.layout.grid)
+
+
+def _shut(cut: Cut, features: Features, gates: Gates, chosen: _Settings) -> Tensor:
+    """Bool (n,): of which images so little passes that their map is zero."""
+    nats = gates.nats(features)[:, :, list(cut.layout.patches)]
+    return nats.mean(2).sum(1) < chosen.min_nats
+
+
+def _noted(batch: Batch, maps: Tensor, shut: Tensor) -> Tensor:
+    """The maps, zero where the gates are shut; why one is zero everywhere is told."""
+    filled = maps.masked_fill(shut.view(-1, 1, 1), 0.0)
+    batch.note(shut, SHUT)
+    batch.note(~shut & ~filled.flatten(1).any(1), ABSENT)
     return filled
 
 

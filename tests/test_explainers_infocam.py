@@ -12,11 +12,12 @@ from conftest import explain, inside, make_batch, make_cnn, make_vit
 from planted_channels import fitted
 from torch import nn
 
-from faithmap import _planted, bottleneck, conformance, registry, streams
+from faithmap import _planted, bottleneck, conformance, fitting, registry, streams
 from faithmap.batch import Batch
 from faithmap.context import Context
 from faithmap.cuts import cut_at
 from faithmap.errors import RequestError
+from faithmap.explaining import bind, explain_batch
 from faithmap.models import Model
 from faithmap.records import Sample
 from faithmap.training import Session, TrainingData, fit_in_memory
@@ -92,6 +93,28 @@ class TestPlantedChannels:
         assert float(gates.nats(features).mean(2).sum(1).max()) < 0.005
         maps = explain("infocam", model, batch, beta=1e4)
         assert not maps.any() and bool(torch.isfinite(maps).all())
+
+    def test_of_a_map_that_is_zero_it_is_told_why(self, tmp_path: Path) -> None:
+        model = scene.planted()
+        batch = scene.planted_batch(model, 3)
+        plugin, infocam = registry.get("explainer", "infocam"), inside("infocam")
+
+        def told(**params: Any) -> tuple[list[str], list[str]]:
+            found = explain_batch(bind(plugin, plugin.check({**QUICK, **params})), model, batch)
+            return list(found.status), found.reasons
+
+        assert told(beta=1e4, iterations=50) == (["empty"] * 3, [f"the map is constant; {infocam.SHUT}"] * 3)
+        assert told() == (["ok"] * 3, [""] * 3)
+        # Where noise is stronger than all features no channel is present, whatever passes.
+        much, cut = torch.full((scene.CHANNELS, scene.GRID, scene.GRID), 2.0), cut_at(model)
+        strong = bottleneck.Statistics(much, much / 4, 9, cut.layer, model.digest())
+        file = str(strong.save(tmp_path / "s.safetensors"))
+        assert told(statistics=file)[1] == [f"the map is constant; {infocam.ABSENT}"] * 3
+        # Each image has its own note.
+        maps, shut = torch.ones(3, 2, 2), torch.tensor([False, True, False])
+        maps[2] = 0
+        assert infocam._noted(batch, maps, shut).flatten(1).any(1).tolist() == [True, False, False]
+        assert batch.notes == {1: infocam.SHUT, 2: infocam.ABSENT}
 
     def test_little_beta_opens_what_helps_and_shuts_what_hurts(self) -> None:
         model = scene.planted()
@@ -337,6 +360,17 @@ class TestSettings:
             ({"samples": 5}, "samples even"),
             ({"gamma": -1.0}, "got gamma -1"),
             ({"iterations": 0}, "got iterations 0"),
+            ({"beta": float("nan")}, "got beta nan; expected finite numbers"),
+            ({"beta": float("inf")}, "got beta inf"),
+            ({"min_std": float("nan")}, "got min_std nan"),
+            ({"min_nats": float("nan")}, "got min_nats nan"),
+            ({"gamma": float("inf")}, "got gamma inf"),
+            ({"start": float("nan")}, "got start nan"),
+            ({"halves": "no"}, "'halves': got 'no', expected bool"),
+            ({"iterations": 2.5}, r"'iterations': got 2\.5, expected int"),
+            ({"statistics": "fited"}, "unknown statistics 'fited', and no such file; did you mean 'fitted'"),
+            ({"statistics": "mean"}, "known are: fitted, image, zero"),
+            ({"statistics": "none.safetensors"}, "known are: fitted, image, zero"),
             ({"layer": "blocks.1.norm1"}, r"these layers are cuts: blocks\.1"),
         ],
     )
@@ -386,6 +420,27 @@ class TestFit:
     def test_without_one_it_says_what_to_do(self, cnn: Model) -> None:
         with pytest.raises(RequestError, match="infocam has no statistics for model 'tiny-cnn'"):
             explain("infocam", cnn, make_batch(cnn, 1), statistics="fitted")
+
+    def test_a_typing_error_is_found_before_anything_is_computed(self) -> None:
+        plugin = registry.get("explainer", "infocam")
+        with pytest.raises(RequestError, match="did you mean 'fitted'"):
+            fitting.wants_fit(plugin, plugin.check({"statistics": "fited"}))
+
+    def test_what_needs_no_fit_says_what_does(self) -> None:
+        plugin = registry.get("explainer", "infocam")
+        said = fitting.needless(plugin, plugin.check({"beta": 2.0}))
+        assert said.endswith(
+            "needs no fit with these parameters; infocam[statistics=fitted,beta=2.0] needs one"
+        )
+        assert fitting.wants_fit(plugin, plugin.check({"beta": 2.0, **plugin.target.fit_when}))
+
+    def test_two_numbers_count_for_each_channel(self, model: Model) -> None:
+        plugin = registry.get("explainer", "infocam")
+        params = plugin.check({"statistics": "fitted"})
+        tensors = plugin.make(params).fit(model, self.data(model), Session())
+        channels, tokens = cut_at(model).layout.channels, len(cut_at(model).layout.prefix)
+        assert fitting.numbers_used(plugin, params, tensors) == 2 * channels * (1 + tokens)
+        assert sum(value.numel() for value in tensors.values()) > 2 * channels * (1 + tokens)
 
     def test_the_kit_fits_it(self) -> None:
         only = ["check_facts", "check_fit", "check_resume", "check_maps", "check_batch", "check_target"]

@@ -158,7 +158,9 @@ def with_noise(
 
 
 def _found(statistics: str | Path | Statistics, model: Model, layer: str) -> Statistics:
-    return statistics if isinstance(statistics, Statistics) else load_statistics(statistics, model, layer)
+    if isinstance(statistics, Statistics):
+        return statistics
+    return load_statistics(statistics, model, layer, words=(*OWN_STATISTICS, "fitted"))
 
 
 @dataclass(frozen=True)
