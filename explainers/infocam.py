@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from faithmap.bottleneck import Statistics
     from faithmap.cuts import Cut, Tail
     from faithmap.models import Model
+    from faithmap.stream_bounds import StreamReport
     from faithmap.streams import Features, Gates
 
 MODES = ("auto", "channel", "element", "mean-field")
@@ -136,7 +137,8 @@ class InfoCAM:
     or `faithmap.bottleneck.fit_statistics(model, images, layer).save(path)`. By default no data is
     needed: noise lies around zero with the channel's root mean square over the image.
     "image" takes the channel's mean over the image; a head that averages the layer then loses nothing,
-    and maps are blank.
+    and maps are blank. Gates do not change where a channel becomes c A + d and the tail makes up for it, if
+    statistics are those of many images: noise around zero, the default, follows the scale c, not the shift d.
 
     Chosen on the dev part of `shapes`: "A_plus" for channels, beta 20 for elements. Reconstructed, not
     published: everything with a number.
@@ -241,6 +243,33 @@ class InfoCAM:
         """
         import torch
 
+        maps, shut = [], []
+        for part in self._parts(model, batch):
+            maps.append(_map(part.cut, part.features, part.gates, part.chosen))
+            shut.append(_shut(part.cut, part.features, part.gates, part.chosen))
+        return _noted(batch, torch.cat(maps), torch.cat(shut))
+
+    def report(self, model: Model, batch: Batch, *, samples: int = 64) -> StreamReport:
+        """What the gates behind the maps of a batch come to, image by image, in nats.
+
+        Args:
+            model: the model.
+            batch: images with targets; their seeds are the maps' if its key of the seeds is.
+            samples: draws of each stream, an even number.
+        """
+        from faithmap.stream_bounds import joined, stream_report
+
+        return joined(
+            stream_report(
+                part.tail, part.features, part.gates, part.generators, samples=samples, chunk=part.chunk
+            )
+            for part in self._parts(model, batch)
+        )
+
+    def _parts(self, model: Model, batch: Batch) -> Iterator[_Part]:
+        """The images of a batch with their gates, as many at once as fit."""
+        import torch
+
         from faithmap.cuts import PooledTail, cut_at, tail_of
         from faithmap.errors import RequestError
         from faithmap.perturb import chunk_size
@@ -261,15 +290,27 @@ class InfoCAM:
         chunk = max(1, chunk_size(model, batch.size) // 4)
         if isinstance(tail, PooledTail):
             chunk = max(64, 2**23 // features.values[0].numel())
-        maps, shut = [], []
         for part in torch.arange(len(batch), device=features.values.device).split(
             max(1, chunk // (2 * chosen.samples))
         ):
-            here = features.select(part)
-            gates = _fitted(tail, here, [batch.generator(i) for i in part.tolist()], chosen, chunk)
-            maps.append(_map(cut, here, gates, chosen))
-            shut.append(_shut(cut, here, gates, chosen))
-        return _noted(batch, torch.cat(maps), torch.cat(shut))
+            here, generators = features.select(part), [batch.generator(i) for i in part.tolist()]
+            gates = _fitted(tail, here, generators, chosen, chunk)
+            yield _Part(cut, chosen, tail, here, gates, generators, chunk)
+
+
+@dataclass(frozen=True)
+class _Part:
+    """Some images of a batch with the gates that were found for them."""
+
+    cut: Cut
+    chosen: _Settings
+    tail: Tail
+    features: Features
+    gates: Gates
+    #: One an image, as the search for its gates has left it.
+    generators: list[Generator]
+    #: Copies in one pass.
+    chunk: int
 
 
 @dataclass(frozen=True)
