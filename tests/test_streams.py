@@ -10,7 +10,7 @@ import numpy as np
 import planted_channels as scene
 import pytest
 import torch
-from conftest import explain, make_batch
+from conftest import batch_of, draw, explain, inside, make_batch, make_cnn
 from planted_channels import fitted
 from torch import nn
 
@@ -321,3 +321,48 @@ class TestReference:
                     else slow_infocam.channel_map(values, mean, carried, excess=picture == "A_plus")
                 )  # fmt: skip
                 assert maps[i].flatten().numpy() == pytest.approx(expected, abs=1e-5)
+
+
+class TestInformationBottleneck:
+    """With gamma 0 and beta 10, gates of elements are IBA's masks without smoothing."""
+
+    def test_the_loss_is_that_of_iba(self) -> None:
+        """The log-odds of one class against the others have the cross-entropy of all classes."""
+        logits, targets = (
+            3 * torch.randn(20, 4, generator=torch.Generator().manual_seed(0)),
+            torch.arange(20) % 4,
+        )
+        usual = nn.functional.cross_entropy(logits, targets, reduction="none")
+        assert torch.allclose(nn.functional.softplus(-streams.log_odds(logits, targets)), usual, atol=1e-5)
+
+    @pytest.mark.parametrize("beta", [10.0, 0.5])
+    def test_the_map_is_that_of_iba(self, beta: float, monkeypatch: pytest.MonkeyPatch) -> None:
+        """From the same start and the same draws, which iba does not take in pairs of opposite sign."""
+        model = make_cnn()
+        batch = batch_of(model)
+        layer = "stem"  # of which no channel is zero everywhere: iba keeps those, infocam shuts them
+        assert bool(batch.activations(layer).flatten(2).any(2).all())
+        shape = batch.activations(layer).shape[1:]
+        half = [draw(2, 3, *shape, seed=step).float() for step in range(10)]
+        steps = iter(half)
+        monkeypatch.setattr(
+            streams,
+            "_normal",
+            lambda *_: next(steps).flatten(3).unsqueeze(1),  # (n, one stream, 3, K, N)
+        )
+        found = explain(
+            "infocam", model, batch, layer=layer, mode="element", map="density", gamma=0.0, beta=beta,
+            start=5.0, iterations=10, samples=6, min_nats=0.0,
+        )  # fmt: skip
+        iba, again = inside("iba"), iter(half)
+        gradient = iba._gradient
+
+        def with_same_draws(model: Any, here: Any, alpha: Any, noise: Any, **more: Any) -> torch.Tensor:
+            drawn = next(again)
+            result: torch.Tensor = gradient(model, here, alpha, torch.cat([drawn, -drawn], 1), **more)
+            return result
+
+        monkeypatch.setattr(iba, "_gradient", with_same_draws)
+        bits = explain("iba", model, batch, layer=layer, sigma=0.0, beta=beta, samples=6)
+        assert bool((bits > 0).any())
+        assert torch.allclose(found, bits * math.log(2), rtol=1e-3, atol=1e-5)
