@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from faithmap import explainer
 
@@ -15,11 +17,18 @@ if TYPE_CHECKING:
     from faithmap.bottleneck import Statistics
     from faithmap.cuts import Cut, Tail
     from faithmap.models import Model
+    from faithmap.stream_bounds import StreamReport
     from faithmap.streams import Features, Gates
 
 MODES = ("auto", "channel", "element", "mean-field")
 MAPS = ("auto", "A", "A_plus", "density", "density_plus")
 WEIGHTS = ("info", "gate")
+#: What is noted of maps that are zero everywhere.
+SHUT = "less than min_nats passes the gates: nothing speaks for the class, or beta is too large"
+ABSENT = "what passes the gates lies in channels or cells that the map leaves out"
+#: Words that `statistics` takes; anything else is a file.
+STATISTICS = ("zero", "image", "fitted")
+NOT_NEGATIVE = ("gamma", "min_active", "min_nats")
 
 
 def _undefined(model: Model) -> str | None:
@@ -88,8 +97,9 @@ class InfoCAM:
 
     with draws in pairs of opposite sign; pi is what passes of noise alone believe. The last term makes
     evidence that is there twice pass twice. Without it, gamma = 0, elements with beta 10 are IBA
-    without smoothing and with log-odds of one class. I_k, the KL averaged over a channel's cells, is
-    its information in nats.
+    without smoothing: the cross-entropy is the same, and with start 5, 10 steps and equal draws so is the
+    map "density", in nats instead of bits. I_k, the KL averaged over a channel's cells, is its
+    information in nats.
 
     Modes. "channel": w_k = I_k where the channel's mean is above mu_k, else 0, divided by the sum;
     the map is ReLU(sum_k w_k A_k) ("A") or sum_k w_k (A_k - mu_k)^+ ("A_plus"). The condition leaves out
@@ -116,7 +126,7 @@ class InfoCAM:
     The map is (B, h, w) on the features' grid, not negative, in the unit of the features ("density": nats
     per cell). The stretch to [0, 1] that ends the published map is left to whoever shows it. A map is
     zero where all that passes is less than `min_nats` per cell: nothing speaks for the class, or beta is
-    too large.
+    too large. That is noted. `report` gives what the streams come to for each image, in nats.
 
     Cost. A pass of the tail counts as one of the whole network, although what lies before the layer
     is not computed again where modules can be left out. Where the tail is mean pooling and one linear
@@ -128,7 +138,8 @@ class InfoCAM:
     or `faithmap.bottleneck.fit_statistics(model, images, layer).save(path)`. By default no data is
     needed: noise lies around zero with the channel's root mean square over the image.
     "image" takes the channel's mean over the image; a head that averages the layer then loses nothing,
-    and maps are blank.
+    and maps are blank. Gates do not change where a channel becomes c A + d and the tail makes up for it, if
+    statistics are those of many images: noise around zero, the default, follows the scale c, not the shift d.
 
     Chosen on the dev part of `shapes`: "A_plus" for channels, beta 20 for elements. Reconstructed, not
     published: everything with a number.
@@ -185,8 +196,12 @@ class InfoCAM:
             "prior_samples": prior_samples, "contexts": contexts, "start": start, "min_nats": min_nats,
         }  # fmt: skip
         _check(self._given, min_std=min_std, min_active=min_active)
+        _check_statistics(statistics)
         self._layer, self._min_std, self._min_active = layer, min_std, min_active
         self._statistics: str | Statistics = statistics
+
+    #: The parameters that ask for a fit.
+    fit_when: ClassVar[Mapping[str, Any]] = {"statistics": "fitted"}
 
     @property
     def wants_fit(self) -> bool:
@@ -208,6 +223,11 @@ class InfoCAM:
         layer = cut_at(model, self._layer).layer
         return gather_statistics(model, data, session, layer, batch_size).tensors()
 
+    def numbers_used(self, tensors: Mapping[str, Tensor]) -> int:
+        """Mean and spread of each channel, of prefix tokens apart; the rest says how they are had."""
+        prefix = tensors.get("prefix")
+        return 2 * len(tensors["mean"]) + (0 if prefix is None else prefix.numel())
+
     def load(self, model: Model, tensors: Mapping[str, Tensor]) -> None:
         """Take the statistics of a fit."""
         from faithmap.bottleneck import Statistics
@@ -222,6 +242,33 @@ class InfoCAM:
         Raises:
             RequestError: the layer is no cut (others are named), or the statistics do not fit.
         """
+        import torch
+
+        maps, shut = [], []
+        for part in self._parts(model, batch):
+            maps.append(_map(part.cut, part.features, part.gates, part.chosen))
+            shut.append(_shut(part.cut, part.features, part.gates, part.chosen))
+        return _noted(batch, torch.cat(maps), torch.cat(shut))
+
+    def report(self, model: Model, batch: Batch, *, samples: int = 64) -> StreamReport:
+        """What the gates behind the maps of a batch come to, image by image, in nats.
+
+        Args:
+            model: the model.
+            batch: images with targets; their seeds are the maps' if its key of the seeds is.
+            samples: draws of each stream, an even number.
+        """
+        from faithmap.stream_bounds import joined, stream_report
+
+        return joined(
+            stream_report(
+                part.tail, part.features, part.gates, part.generators, samples=samples, chunk=part.chunk
+            )
+            for part in self._parts(model, batch)
+        )
+
+    def _parts(self, model: Model, batch: Batch) -> Iterator[_Part]:
+        """The images of a batch with their gates, as many at once as fit."""
         import torch
 
         from faithmap.cuts import PooledTail, cut_at, tail_of
@@ -244,14 +291,27 @@ class InfoCAM:
         chunk = max(1, chunk_size(model, batch.size) // 4)
         if isinstance(tail, PooledTail):
             chunk = max(64, 2**23 // features.values[0].numel())
-        maps = []
         for part in torch.arange(len(batch), device=features.values.device).split(
             max(1, chunk // (2 * chosen.samples))
         ):
-            here = features.select(part)
-            gates = _fitted(tail, here, [batch.generator(i) for i in part.tolist()], chosen, chunk)
-            maps.append(_map(cut, here, gates, chosen))
-        return torch.cat(maps)
+            here, generators = features.select(part), [batch.generator(i) for i in part.tolist()]
+            gates = _fitted(tail, here, generators, chosen, chunk)
+            yield _Part(cut, chosen, tail, here, gates, generators, chunk)
+
+
+@dataclass(frozen=True)
+class _Part:
+    """Some images of a batch with the gates that were found for them."""
+
+    cut: Cut
+    chosen: _Settings
+    tail: Tail
+    features: Features
+    gates: Gates
+    #: One an image, as the search for its gates has left it.
+    generators: list[Generator]
+    #: Copies in one pass.
+    chunk: int
 
 
 @dataclass(frozen=True)
@@ -313,14 +373,28 @@ def _check(given: Mapping[str, Any], **more: float) -> None:
             raise RequestError(f"infocam: unknown {what} '{given[what]}'; {nearest(given[what], known)}")
     numbers = {**given, **more}
     positive = ("beta", "iterations", "learning_rate", "samples", "prior_samples", "contexts", "min_std")
-    wrong = [name for name in positive if numbers[name] is not None and numbers[name] <= 0]
-    wrong += [name for name in ("gamma", "min_active", "min_nats") if numbers[name] < 0]
+    counted = [name for name in (*positive, *NOT_NEGATIVE, "start") if numbers[name] is not None]
+    wrong = [name for name in counted if not math.isfinite(numbers[name])]
+    wrong += [name for name in positive if name in counted and numbers[name] <= 0]
+    wrong += [name for name in NOT_NEGATIVE if numbers[name] < 0]
     wrong += ["samples"] if given["samples"] % 2 else []
     if wrong:
         raise RequestError(
-            f"infocam: got {wrong[0]} {numbers[wrong[0]]}; expected {', '.join(positive)} above zero "
-            "(without a beta, features of no effect would keep their gates), samples even (they come in "
-            "pairs), and gamma, min_active and min_nats not negative"
+            f"infocam: got {wrong[0]} {numbers[wrong[0]]}; expected finite numbers: {', '.join(positive)} "
+            "above zero (without a beta, features of no effect would keep their gates), samples even (they "
+            f"come in pairs), and {', '.join(NOT_NEGATIVE)} not negative"
+        )
+
+
+def _check_statistics(statistics: str | Path) -> None:
+    """Refuse an unknown word. What has an ending or a folder is a file, and looked for when it is read."""
+    from faithmap.errors import RequestError, nearest
+
+    name = str(statistics)
+    bare = Path(name).name == name and not Path(name).suffix
+    if bare and name not in STATISTICS and not Path(name).is_file():
+        raise RequestError(
+            f"infocam: unknown statistics '{name}', and no such file; {nearest(name, STATISTICS)}"
         )
 
 
@@ -369,8 +443,20 @@ def _map(cut: Cut, features: Features, gates: Gates, chosen: _Settings) -> Tenso
             weights = carried.mean(2) * (excess.mean(2) > 0)
         shown = excess.clamp_min(0) if chosen.map == "A_plus" else values
         maps = (_shares(weights).unsqueeze(2) * shown).sum(1).clamp_min(0)
-    empty = nats.mean(2).sum(1) < chosen.min_nats
-    filled: Tensor = maps.masked_fill(empty.unsqueeze(1), 0.0).unflatten(1, cut.layout.grid)
+    return maps.unflatten(1, cut.layout.grid)
+
+
+def _shut(cut: Cut, features: Features, gates: Gates, chosen: _Settings) -> Tensor:
+    """Bool (n,): of which images so little passes that their map is zero."""
+    nats = gates.nats(features)[:, :, list(cut.layout.patches)]
+    return nats.mean(2).sum(1) < chosen.min_nats
+
+
+def _noted(batch: Batch, maps: Tensor, shut: Tensor) -> Tensor:
+    """The maps, zero where the gates are shut; why one is zero everywhere is told."""
+    filled = maps.masked_fill(shut.view(-1, 1, 1), 0.0)
+    batch.note(shut, SHUT)
+    batch.note(~shut & ~filled.flatten(1).any(1), ABSENT)
     return filled
 
 

@@ -88,7 +88,7 @@ class Scan:
         width: multiplies the decoder's channels; by default 1 as published, and 0.25 for images of less than
             128 pixels a side, such as those of the embedded models.
         skips: of a CNN's decoder: a skip around each pair of residual modules (PyTorch code), or none, as in
-            the TensorFlow code, whose first and last modules differ besides. A transformer's has none in either.
+            the TensorFlow code, whose first and last modules differ besides. A transformer's has none.
         mask: "gradient"; "positive" keeps all positive gradients (percentile 0); "none" and "random" (as many
             entries, anywhere) are controls.
         output: "confidence", or "error": the distance of the reconstruction from its target in [-1, 1], mean

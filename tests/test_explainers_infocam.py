@@ -12,11 +12,12 @@ from conftest import explain, inside, make_batch, make_cnn, make_vit
 from planted_channels import fitted
 from torch import nn
 
-from faithmap import _planted, bottleneck, conformance, registry, streams
+from faithmap import _planted, bottleneck, conformance, fitting, registry, streams
 from faithmap.batch import Batch
 from faithmap.context import Context
 from faithmap.cuts import cut_at
 from faithmap.errors import RequestError
+from faithmap.explaining import bind, explain_batch
 from faithmap.models import Model
 from faithmap.records import Sample
 from faithmap.training import Session, TrainingData, fit_in_memory
@@ -42,6 +43,45 @@ def own_channels(batch: Batch) -> torch.Tensor:
 def agreement(one: torch.Tensor, two: torch.Tensor) -> torch.Tensor:
     """Pearson's correlation of rows."""
     return torch.stack([torch.corrcoef(torch.stack(pair))[0, 1] for pair in zip(one, two, strict=True)])
+
+
+class Moved(nn.Module):
+    """Each channel on a scale of its own, c A + d."""
+
+    def __init__(self, shift: float) -> None:
+        super().__init__()
+        torch.manual_seed(3)
+        self.scale = nn.Parameter(torch.rand(scene.CHANNELS, 1, 1) * 3 + 0.5)
+        self.shift = nn.Parameter(shift * torch.randn(scene.CHANNELS, 1, 1))
+
+    def forward(self, maps: torch.Tensor) -> torch.Tensor:
+        return maps * self.scale + self.shift
+
+
+def changed(*, shift: float, statistics: str, **params: Any) -> float:
+    """By how much gates change at most where channels are moved, and the head makes up for it but for 3."""
+    model, other, moved = scene.planted(), scene.planted(), Moved(shift)
+    other.module.body = nn.Sequential(other.module.body, moved)
+    other.module.fc.weight.data = model.module.fc.weight.data / moved.scale.data[:, 0, 0]
+    weight = other.module.fc.weight.data
+    other.module.fc.bias = nn.Parameter(3.0 - weight @ moved.shift.data[:, 0, 0])
+    batch = scene.planted_batch(model, 2)
+    many = scene.planted_batch(model, 64, seed=9).images
+    found = []
+    for network in (model, other):
+        here = Batch(batch.images, batch.targets, batch.ids, Context(network, batch.images))
+        noise = bottleneck.fit_statistics(network, [many]) if statistics == "fitted" else statistics
+        features, gates = fitted(network, here, statistics=noise, min_std=1e-6, **params)
+        found.append(gates.passed(features))
+    return float((found[0] - found[1]).abs().max())
+
+
+class Appended(nn.Module):
+    """Sixteen channels more, which vary like the others."""
+
+    def forward(self, maps: torch.Tensor) -> torch.Tensor:
+        more = 0.7 * maps[:, :16].flip(3) + 0.3 * maps[:, scene.LOUD.start : scene.LOUD.start + 16]
+        return torch.cat([maps, more.roll(2, 2)], 1)
 
 
 class TestPlantedChannels:
@@ -93,13 +133,35 @@ class TestPlantedChannels:
         maps = explain("infocam", model, batch, beta=1e4)
         assert not maps.any() and bool(torch.isfinite(maps).all())
 
-    def test_little_beta_opens_what_helps_and_shuts_what_hurts(self) -> None:
+    def test_of_a_map_that_is_zero_it_is_told_why(self, tmp_path: Path) -> None:
         model = scene.planted()
+        batch = scene.planted_batch(model, 3)
+        plugin, infocam = registry.get("explainer", "infocam"), inside("infocam")
+
+        def told(**params: Any) -> tuple[list[str], list[str]]:
+            found = explain_batch(bind(plugin, plugin.check({**QUICK, **params})), model, batch)
+            return list(found.status), found.reasons
+
+        assert told(beta=1e4, iterations=50) == (["empty"] * 3, [f"the map is constant; {infocam.SHUT}"] * 3)
+        assert told() == (["ok"] * 3, [""] * 3)
+        # Where noise is stronger than all features no channel is present, whatever passes.
+        much, cut = torch.full((scene.CHANNELS, scene.GRID, scene.GRID), 2.0), cut_at(model)
+        strong = bottleneck.Statistics(much, much / 4, 9, cut.layer, model.digest())
+        file = str(strong.save(tmp_path / "s.safetensors"))
+        assert told(statistics=file)[1] == [f"the map is constant; {infocam.ABSENT}"] * 3
+        # Each image has its own note.
+        maps, shut = torch.ones(3, 2, 2), torch.tensor([False, True, False])
+        maps[2] = 0
+        assert infocam._noted(batch, maps, shut).flatten(1).any(1).tolist() == [True, False, False]
+        assert batch.notes == {1: infocam.SHUT, 2: infocam.ABSENT}
+
+    def test_little_beta_opens_what_helps_and_shuts_what_hurts(self) -> None:
+        model = scene.planted(gain=4.0)  # a head that is not yet sure: every channel still pays
         batch = scene.planted_batch(model, 4)
-        features, gates = fitted(model, batch, beta=1e-3, gamma=0.0, iterations=100)
+        features, gates = fitted(model, batch, beta=1e-3, gamma=0.0)
         passed = gates.passed(features).mean(2)
-        assert float(passed[own_channels(batch)].min()) > 0.95
-        assert float(passed[1::2, scene.CONTRA].max()) < 0.05
+        assert float(passed[own_channels(batch)].min()) > 0.99
+        assert float(passed[1::2, scene.CONTRA].max()) < 0.01
 
     def test_zero_beta_is_refused(self) -> None:
         model = scene.planted()
@@ -131,33 +193,39 @@ class TestPlantedChannels:
         monkeypatch.setattr(streams, "_normal", lambda *a: normal(*a)[..., order])
         assert torch.allclose(fitted(other, moved)[1].alpha, found[:, order], atol=1e-3)
 
-    def test_scales_and_constants_do_not_matter(self) -> None:
-        class Scaled(nn.Module):
-            def __init__(self) -> None:
-                super().__init__()
-                torch.manual_seed(3)
-                self.weight = nn.Parameter(torch.rand(scene.CHANNELS, 1, 1) * 3 + 0.5)
+    @pytest.mark.parametrize("mode", ["channel", "element", "mean-field"])
+    def test_scales_and_constants_do_not_matter(self, mode: str) -> None:
+        """A -> cA + d, compensated in the head. Noise around zero moves with c alone."""
+        params = {"mode": mode, "halves": False}  # which by default depends on the features' sign
+        assert changed(shift=0.0, statistics="zero", **params) < 1e-4
+        assert changed(shift=2.0, statistics="fitted", **params) < 1e-4
+        assert changed(shift=2.0, statistics="zero", **params) > 0.5
 
-            def forward(self, maps: torch.Tensor) -> torch.Tensor:
-                return maps * self.weight
+    def test_channels_without_use_change_little(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """The KL is a mean over channels: with K' of them, beta K' / K weighs each as before."""
+        model, other = scene.planted(), scene.planted()
+        batch = scene.planted_batch(model, 8)
+        other.module.body = nn.Sequential(other.module.body, Appended())
+        other.module.fc = nn.Linear(scene.CHANNELS + 16, scene.CLASSES, bias=False)
+        other.module.fc.weight.data = nn.functional.pad(model.module.fc.weight.data, (0, 16))
+        more = Batch(batch.images, batch.targets, batch.ids, Context(other, batch.images))
+        beta = 5.0 * (scene.CHANNELS + 16) / scene.CHANNELS
+        before, _ = shares(model, batch)
+        after, _ = shares(other, more, beta=beta)
+        own, useless = after.split([scene.CHANNELS, 16], 1)
+        assert float(useless.sum(1).max()) < 1e-3
+        assert float(agreement(before, own).min()) > 0.995  # all draws are others
+        assert float(agreement(before, own).mean()) > 0.999
 
-        model = scene.planted()
-        other = scene.planted()
-        scaled = Scaled()
-        other.module.body = nn.Sequential(other.module.body, scaled)
-        other.module.fc.weight.data = model.module.fc.weight.data / scaled.weight.data[:, 0, 0]
-        other.module.fc.bias = nn.Parameter(torch.full((scene.CLASSES,), 3.0))
-        batch = scene.planted_batch(model, 2)
-        moved = Batch(batch.images, batch.targets, batch.ids, Context(other, batch.images))
-        one, two = (fitted(*each, min_std=1e-6) for each in ((model, batch), (other, moved)))
-        assert torch.allclose(one[1].passed(one[0]), two[1].passed(two[0]), atol=1e-4)
+        normal = streams._normal
 
-    def test_channels_without_use_change_little(self) -> None:
-        model = scene.planted()
-        batch = scene.planted_batch(model, 3)
-        parts, _ = shares(model, batch)
-        unused = slice(scene.LOUD.stop, None)
-        assert float(parts[:, unused].sum(1).max()) < 1e-3
+        def same_draws(generators: Any, shape: tuple[int, ...], like: torch.Tensor) -> torch.Tensor:
+            drawn = normal(generators, (*shape[:-1], scene.CHANNELS), like)
+            return nn.functional.pad(drawn, (0, 16), value=0.5)
+
+        monkeypatch.setattr(streams, "_normal", same_draws)
+        own = shares(other, more, beta=beta)[0][:, : scene.CHANNELS]
+        assert torch.allclose(own / own.sum(1, keepdim=True), before, atol=1e-4)
 
     def test_weights_come_from_gates_and_not_from_slopes(self) -> None:
         # Where the head is flat the score has no slope in any feature; what counts is found all the same.
@@ -337,6 +405,17 @@ class TestSettings:
             ({"samples": 5}, "samples even"),
             ({"gamma": -1.0}, "got gamma -1"),
             ({"iterations": 0}, "got iterations 0"),
+            ({"beta": float("nan")}, "got beta nan; expected finite numbers"),
+            ({"beta": float("inf")}, "got beta inf"),
+            ({"min_std": float("nan")}, "got min_std nan"),
+            ({"min_nats": float("nan")}, "got min_nats nan"),
+            ({"gamma": float("inf")}, "got gamma inf"),
+            ({"start": float("nan")}, "got start nan"),
+            ({"halves": "no"}, "'halves': got 'no', expected bool"),
+            ({"iterations": 2.5}, r"'iterations': got 2\.5, expected int"),
+            ({"statistics": "fited"}, "unknown statistics 'fited', and no such file; did you mean 'fitted'"),
+            ({"statistics": "mean"}, "known are: fitted, image, zero"),
+            ({"statistics": "none.safetensors"}, "known are: fitted, image, zero"),
             ({"layer": "blocks.1.norm1"}, r"these layers are cuts: blocks\.1"),
         ],
     )
@@ -386,6 +465,27 @@ class TestFit:
     def test_without_one_it_says_what_to_do(self, cnn: Model) -> None:
         with pytest.raises(RequestError, match="infocam has no statistics for model 'tiny-cnn'"):
             explain("infocam", cnn, make_batch(cnn, 1), statistics="fitted")
+
+    def test_a_typing_error_is_found_before_anything_is_computed(self) -> None:
+        plugin = registry.get("explainer", "infocam")
+        with pytest.raises(RequestError, match="did you mean 'fitted'"):
+            fitting.wants_fit(plugin, plugin.check({"statistics": "fited"}))
+
+    def test_what_needs_no_fit_says_what_does(self) -> None:
+        plugin = registry.get("explainer", "infocam")
+        said = fitting.needless(plugin, plugin.check({"beta": 2.0}))
+        assert said.endswith(
+            "needs no fit with these parameters; infocam[statistics=fitted,beta=2.0] needs one"
+        )
+        assert fitting.wants_fit(plugin, plugin.check({"beta": 2.0, **plugin.target.fit_when}))
+
+    def test_two_numbers_count_for_each_channel(self, model: Model) -> None:
+        plugin = registry.get("explainer", "infocam")
+        params = plugin.check({"statistics": "fitted"})
+        tensors = plugin.make(params).fit(model, self.data(model), Session())
+        channels, tokens = cut_at(model).layout.channels, len(cut_at(model).layout.prefix)
+        assert fitting.numbers_used(plugin, params, tensors) == 2 * channels * (1 + tokens)
+        assert sum(value.numel() for value in tensors.values()) > 2 * channels * (1 + tokens)
 
     def test_the_kit_fits_it(self) -> None:
         only = ["check_facts", "check_fit", "check_resume", "check_maps", "check_batch", "check_target"]

@@ -40,6 +40,11 @@ def test_a_fit_is_kept_and_found_again(model: Model, home: Path) -> None:
     assert record["seconds"] > 0
 
 
+def test_an_explainer_may_say_how_many_numbers_it_uses(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(toy().target, "numbers_used", lambda _, tensors: len(tensors), raising=False)
+    assert training.train(asked(model)).record["params_added"] == 1
+
+
 def test_a_fit_that_is_there_is_not_made_again(model: Model) -> None:
     made = training.train(asked(model))
     assert made.path is not None

@@ -11,6 +11,7 @@ import pytest
 
 from faithmap import registry
 from faithmap.errors import PluginError, RequestError
+from faithmap.parameters import annotated_types
 
 
 @pytest.fixture(autouse=True)
@@ -194,6 +195,68 @@ def test_unknown_names_suggest_the_nearest() -> None:
 def test_parameters_are_checked(given: dict[str, object], message: str) -> None:
     with pytest.raises(RequestError, match=message):
         registry.get("explainer", "integrated-gradients").check(given)
+
+
+@pytest.mark.parametrize(
+    ("name", "given", "message"),
+    [
+        ("infocam", {"halves": "no"}, "'halves': got 'no', expected bool$"),
+        ("infocam", {"halves": 1}, "'halves': got 1, expected bool$"),
+        ("infocam", {"iterations": 2.5}, r"'iterations': got 2\.5, expected int$"),
+        ("infocam", {"beta": True}, "'beta': got True, expected float$"),
+        ("scan", {"width": "wide"}, "explainer 'scan', parameter 'width': got 'wide', expected float$"),
+        ("scan-untrained", {"width": "wide"}, "'width': got 'wide', expected float$"),
+        ("gradcam", {"layer": 3}, "'layer': got 3, expected str; in quotes, \"3\", it is one"),
+    ],
+)
+def test_a_default_of_none_leaves_the_type_to_the_annotation(
+    name: str, given: dict[str, object], message: str
+) -> None:
+    with pytest.raises(RequestError, match=message):
+        registry.get("explainer", name).check(given)
+
+
+def test_what_an_annotation_admits() -> None:
+    infocam = registry.get("explainer", "infocam")
+    for given in ({"halves": False}, {"beta": 3}, {"iterations": 3, "layer": "body"}, {"halves": None}):
+        assert infocam.check(given).items() >= given.items()
+    shapes = registry.get("dataset", "imagefolder")
+    assert shapes.check({"root": Path("photos")})["root"] == Path("photos")
+
+
+ODD = '''
+from __future__ import annotations
+from typing import TYPE_CHECKING, Any, Literal, Optional, Union
+from faithmap import explainer
+if TYPE_CHECKING:
+    from elsewhere import Unknown
+
+@explainer(version=1, source="a test")
+class Odd:
+    """Annotations as strangers write them."""
+    def __init__(self, *, bare=None, unknown: Unknown | None = None, fine: int | None = None,
+                 old: Optional[Union[int, str]] = None, any: Any = None, word: Literal["a"] = None,
+                 held: tuple[int, ...] | None = None, own: Odd | None = None, plain: int = 3,
+                 raises: 1 / 0 = None, prose: "not a type" = None, needed: bool): ...
+    def __call__(self, model, batch): ...
+'''
+
+
+def test_annotations_that_tell_nothing_admit_anything(tmp_path: Path) -> None:
+    """What a stranger writes there may be missing, unknown here, or no type at all."""
+    file = tmp_path / "odd.py"
+    file.write_text(ODD)
+    (plugin,) = registry.load_file(file)
+    assert annotated_types(plugin.target) == {
+        "fine": (int,), "old": (int, str), "word": (str,), "held": (tuple,), "needed": (bool,),
+    }  # fmt: skip
+    thing = object()
+    free = dict.fromkeys(("bare", "unknown", "any", "own", "raises", "prose"), thing)
+    assert plugin.check({**free, "needed": True}).items() >= free.items()
+    with pytest.raises(RequestError, match="'needed': got 'yes', expected bool"):
+        plugin.check({"needed": "yes"})
+    with pytest.raises(RequestError, match=r"'old': got 2\.5, expected int or str; in quotes"):
+        plugin.check({"needed": True, "old": 2.5})
 
 
 def test_a_metric_may_ask_to_be_named() -> None:

@@ -10,17 +10,18 @@ import numpy as np
 import planted_channels as scene
 import pytest
 import torch
-from conftest import explain, make_batch
+from conftest import batch_of, draw, explain, inside, make_batch, make_cnn
 from planted_channels import fitted
 from torch import nn
 
 import slow_infocam
-from faithmap import bottleneck, registry, streams
+from faithmap import bottleneck, cuts, registry, streams
 from faithmap.batch import Batch
 from faithmap.context import Context
 from faithmap.cuts import cut_at
 from faithmap.models import Model
 from faithmap.records import canonical_json
+from faithmap.stream_bounds import StreamReport, belief_divergence, stream_report
 from faithmap.streams import Gates
 
 QUICK = {"iterations": 4, "samples": 4, "prior_samples": 4}
@@ -121,6 +122,92 @@ class TestParts:
         assert found.numpy() == pytest.approx(expected, abs=1e-9)
         none = streams.solved(gains, torch.zeros_like(gains), torch.ones_like(gains), 4.0)
         assert not none.any()
+
+
+class TestReport:
+    """Bounds a to c of what gates come to."""
+
+    def found(self, model: Model, batch: Batch, **params: Any) -> StreamReport:
+        infocam = registry.get("explainer", "infocam").make(params)
+        report: StreamReport = infocam.report(model, batch, samples=2000)  # type: ignore[attr-defined]
+        return report
+
+    @pytest.mark.parametrize("kind", streams.KINDS)
+    def test_equals_the_slow_rewrite(self, kind: str) -> None:
+        model, batch = sensor()
+        features, _ = fitted(model, batch, **QUICK)
+        alpha = Gates.start(kind, features, 0.0).alpha
+        gates = Gates(kind, torch.randn(alpha.shape, generator=torch.Generator().manual_seed(2)))
+        tail = cuts.tail_of(model, cut_at(model))
+        generators = [batch.generator(i) for i in range(2)]
+        report = stream_report(tail, features, gates, generators, samples=6, chunk=5)
+        for i in range(2):
+            slow, arrays = TestReference.parts(model, features, i)
+            share = slow_infocam.opened(kind, gates.alpha[i].double().numpy(), *arrays[:2])
+            draws = torch.randn(2, 3, *arrays[0].shape, generator=batch.generator(i)).double().numpy()
+            expected = slow_infocam.report(slow, int(batch.targets[i]), *arrays, share, draws[0], draws[1])
+            for name, value in expected.items():
+                assert float(getattr(report, name)[i]) == pytest.approx(value, rel=1e-4, abs=1e-5)
+            assert 0 <= expected["leak"] <= expected["bound"] and expected["bound"] > 0
+
+    def test_a_divergence_of_beliefs(self) -> None:
+        scores, prior = torch.linspace(-30, 30, 61), torch.tensor(-0.7)
+        found = belief_divergence(scores, prior)
+        expected = [slow_infocam.belief_divergence(float(s), -0.7) for s in scores]
+        assert found.numpy() == pytest.approx(expected, abs=1e-5)
+        assert float(belief_divergence(prior, prior)) == 0 and float(found.min()) >= 0
+        assert float(found[-1]) == pytest.approx(-math.log(slow_infocam.sigmoid(-0.7)), abs=1e-5)
+
+    def test_known_answers(self, model: Model) -> None:
+        """Gates that are open pass the image and leave noise; gates that are shut do the opposite."""
+        batch = make_batch(model, 2)
+        cut = cut_at(model)
+        output = batch.context.outputs(cut.layer)
+        features = streams.with_noise(model, cut, output, batch.targets, "zero", min_std=0.01, min_active=0.0)
+        clean = torch.nn.functional.cross_entropy(batch.logits, batch.targets, reduction="none")
+
+        def report(alpha: float) -> StreamReport:
+            generators = [batch.generator(i) for i in range(2)]
+            gates = Gates.start("channel", features, alpha)
+            return stream_report(cuts.tail_of(model, cut), features, gates, generators, samples=8, chunk=7)
+
+        shut, opened = report(-torch.inf), report(60.0)
+        assert torch.allclose(shut.kept, shut.noise) and not shut.information.any()
+        assert torch.allclose(opened.kept, clean, atol=1e-5)
+        for one in (shut, opened):
+            assert torch.allclose(one.clean, clean, atol=1e-5)
+            assert bool((one.leak <= one.bound + 1e-7).all())
+        untouched = streams.log_odds(batch.logits, batch.targets)
+        still = belief_divergence(untouched, self.prior(model, features, batch))
+        # Channels that are never active are noise in both streams, so that not quite the image is left.
+        assert not features.alive.all() or torch.allclose(shut.bound, still, atol=1e-4)
+
+    @staticmethod
+    def prior(model: Model, features: streams.Features, batch: Batch) -> torch.Tensor:
+        tail = cuts.tail_of(model, cut_at(model))
+        drawn = streams.signed_pairs(
+            [batch.generator(i) for i in range(2)], (2, 4, *tail.shape), features.values
+        )
+        alone = tail.summarise(features.mean, features.std)
+        with torch.no_grad():
+            return streams.noisy_odds(tail, *alone, drawn[:, 0], features.targets, 9).mean(1)
+
+    def test_much_beta_leaves_noise_and_little_beta_the_features(self) -> None:
+        """Section 4.7, test 2."""
+        model = scene.planted(gain=4.0)  # a head that is not yet sure
+        batch = scene.planted_batch(model, 4)
+        much = self.found(model, batch, beta=1e4)
+        assert torch.allclose(much.kept, much.noise, atol=0.05)
+        assert bool((much.kept > much.clean + 0.5).all())
+        little = self.found(model, batch, beta=1e-3, gamma=0.0)
+        assert bool((little.kept <= little.clean).all())
+
+    def test_the_noise_stream_loses_what_gamma_asks_for(self) -> None:
+        model = scene.planted(gain=36.0)  # one or two channels suffice
+        batch = scene.planted_batch(model, 4)
+        without, necessary = (self.found(model, batch, gamma=gamma) for gamma in (0.0, 1.0))
+        assert bool((necessary.leak < 0.1).all())
+        assert bool((without.leak > 0.3).all())
 
 
 class Sensor(nn.Module):
@@ -234,3 +321,48 @@ class TestReference:
                     else slow_infocam.channel_map(values, mean, carried, excess=picture == "A_plus")
                 )  # fmt: skip
                 assert maps[i].flatten().numpy() == pytest.approx(expected, abs=1e-5)
+
+
+class TestInformationBottleneck:
+    """With gamma 0 and beta 10, gates of elements are IBA's masks without smoothing."""
+
+    def test_the_loss_is_that_of_iba(self) -> None:
+        """The log-odds of one class against the others have the cross-entropy of all classes."""
+        logits, targets = (
+            3 * torch.randn(20, 4, generator=torch.Generator().manual_seed(0)),
+            torch.arange(20) % 4,
+        )
+        usual = nn.functional.cross_entropy(logits, targets, reduction="none")
+        assert torch.allclose(nn.functional.softplus(-streams.log_odds(logits, targets)), usual, atol=1e-5)
+
+    @pytest.mark.parametrize("beta", [10.0, 0.5])
+    def test_the_map_is_that_of_iba(self, beta: float, monkeypatch: pytest.MonkeyPatch) -> None:
+        """From the same start and the same draws, which iba does not take in pairs of opposite sign."""
+        model = make_cnn()
+        batch = batch_of(model)
+        layer = "stem"  # of which no channel is zero everywhere: iba keeps those, infocam shuts them
+        assert bool(batch.activations(layer).flatten(2).any(2).all())
+        shape = batch.activations(layer).shape[1:]
+        half = [draw(2, 3, *shape, seed=step).float() for step in range(10)]
+        steps = iter(half)
+        monkeypatch.setattr(
+            streams,
+            "_normal",
+            lambda *_: next(steps).flatten(3).unsqueeze(1),  # (n, one stream, 3, K, N)
+        )
+        found = explain(
+            "infocam", model, batch, layer=layer, mode="element", map="density", gamma=0.0, beta=beta,
+            start=5.0, iterations=10, samples=6, min_nats=0.0,
+        )  # fmt: skip
+        iba, again = inside("iba"), iter(half)
+        gradient = iba._gradient
+
+        def with_same_draws(model: Any, here: Any, alpha: Any, noise: Any, **more: Any) -> torch.Tensor:
+            drawn = next(again)
+            result: torch.Tensor = gradient(model, here, alpha, torch.cat([drawn, -drawn], 1), **more)
+            return result
+
+        monkeypatch.setattr(iba, "_gradient", with_same_draws)
+        bits = explain("iba", model, batch, layer=layer, sigma=0.0, beta=beta, samples=6)
+        assert bool((bits > 0).any())
+        assert torch.allclose(found, bits * math.log(2), rtol=1e-3, atol=1e-5)

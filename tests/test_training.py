@@ -188,6 +188,7 @@ def test_a_fit_takes_every_image_unless_a_limit_is_given() -> None:
         (["toy-fitted", "--set", "epochs"], "'epochs' is no option; write key=value"),
         (["toy-fitted", "--part", "some"], "expected one of"),
         (["toy-fitted[learn=false]"], "needs no fit with these parameters"),
+        (["infocam"], "needs no fit with these parameters; infocam[statistics=fitted] needs one"),
         (["toy-fitted[colour=1]"], "has no parameter 'colour'"),
         (["toy-fitted", "--workers", "-1"], "expected 0 or more"),
         (["toy-fitted", "--limit", "0"], "expected a number of images of at least 1"),

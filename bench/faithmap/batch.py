@@ -129,7 +129,8 @@ class Batch:
     def note(self, which: Tensor, text: str) -> None:
         """Say of the maps of some images how they came about; it stands as the reason beside their values.
 
-        For what a reader should know of a map that is sound, such as a fallback of the method.
+        For what a reader should know of a map that is sound, such as a fallback of the method, or why one is
+        zero everywhere.
 
         Args:
             which: bool (B,).

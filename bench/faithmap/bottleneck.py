@@ -231,8 +231,16 @@ class _Gathering:
         )  # fmt: skip
 
 
-def load_statistics(path: str | Path, model: Model, layer: str | None = None) -> Statistics:
+def load_statistics(
+    path: str | Path, model: Model, layer: str | None = None, *, words: Iterable[str] = OWN_STATISTICS
+) -> Statistics:
     """Read what `Statistics.save` wrote, for the model and layer that it was taken from.
+
+    Args:
+        path: the file.
+        model: the model.
+        layer: dotted name of the layer; the model's target layer by default.
+        words: what might have been meant where there is no such file.
 
     Raises:
         RequestError: there is no such file, it holds something else, or it was made for another
@@ -243,7 +251,7 @@ def load_statistics(path: str | Path, model: Model, layer: str | None = None) ->
     file, name = Path(path).expanduser(), layer or model.target_layer
     if not file.is_file():
         raise RequestError(
-            f"statistics '{path}': no such word ({nearest(str(path), OWN_STATISTICS)}) and no such file; "
+            f"statistics '{path}': no such word ({nearest(str(path), words)}) and no such file; "
             "faithmap.bottleneck.fit_statistics makes what such a file holds"
         )
     try:

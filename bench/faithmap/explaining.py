@@ -282,7 +282,8 @@ def explain_batch(call: Callable[[Model, Batch], Maps], model: Model, batch: Bat
     try:
         with guarded(model):
             found = judge(call(model, own))
-        reasons = [reason or own.notes.get(i, "") for i, reason in enumerate(found.reasons)]
+        # A map that came to nothing may have a note too: which of its reasons it was.
+        reasons = ["; ".join(filter(None, [said, own.notes.get(i)])) for i, said in enumerate(found.reasons)]
         return replace(found, reasons=reasons)
     except RequestError:
         raise

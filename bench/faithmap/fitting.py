@@ -11,6 +11,9 @@ Such an explainer is a class:
 - `wants_fit` (optional, a property): False where the parameters need no fit.
 - `reconstruct(self, model, batch) -> images` (optional): the images as it reconstructs them, (B, 3, H, W) in
   [0, 1], for `faithmap explain` and `faithmap.reconstruct`.
+- `fit_when` (optional, of the class): the parameters that ask for a fit, where the default ones do not;
+  messages name them.
+- `numbers_used(self, tensors) -> int` (optional): how many of the numbers that are kept it explains with.
 
 A fit is a safetensors file with its record. Its name begins with the key of what it serves (explainer,
 version, the model's weights and the parameters that the fit depends on) and ends with the key of how it
@@ -111,6 +114,24 @@ def wants_fit(plugin: Plugin, params: Mapping[str, Any]) -> bool:
         raise RequestError(
             f"explainer '{plugin.name}' does not take these parameters: {type(error).__name__}: {error}"
         ) from error
+
+
+def needless(plugin: Plugin, params: Mapping[str, Any]) -> str:
+    """One sentence: with these parameters there is nothing to fit, and with which there is."""
+    asking = getattr(plugin.target, "fit_when", {})
+    instead = f"; {spec_text(plugin, {**params, **asking})} needs one" if asking else ""
+    return f"explainer '{plugin.name}' needs no fit with these parameters{instead}"
+
+
+def numbers_used(plugin: Plugin, params: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> int:
+    """How many of the numbers that a fit has kept the explainer explains with.
+
+    By default all but what batch normalisation keeps beside its parameters.
+    """
+    counted = getattr(plugin.make(params), "numbers_used", None)
+    if counted is not None:
+        return int(counted(tensors))
+    return sum(value.numel() for name, value in tensors.items() if not name.endswith(BUFFERS))
 
 
 def fit_params(plugin: Plugin, params: Mapping[str, Any]) -> dict[str, Any]:

@@ -24,7 +24,7 @@ from typing import Any, ParamSpec, TypeVar, cast
 import faithmap
 from faithmap._score_names import refuse_taken
 from faithmap.errors import FaithmapError, PluginError, RequestError, nearest
-from faithmap.parameters import check_type, checked_grid, keyword_only, with_defaults
+from faithmap.parameters import annotated_types, check_type, checked_grid, keyword_only, with_defaults
 from faithmap.records import Direction, Facts, Kind, Role
 
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -105,8 +105,8 @@ class Plugin:
         """Return all parameters with `given` over the defaults.
 
         Raises:
-            RequestError: a name is unknown, a value has another type than the default, or a
-                parameter without a default was left out.
+            RequestError: a name is unknown, a value has another type than the default (or, where that is
+                None, than the annotation), or a parameter without a default was left out.
         """
         known = self.parameters
         kind = self.facts.kind
@@ -114,6 +114,7 @@ class Plugin:
         if kind == "explainer" and REDUCED in given and REDUCED not in known:
             core = {REDUCED: checked_grid(self.name, given[REDUCED])}
             given = {key: value for key, value in given.items() if key != REDUCED}
+        annotated = annotated_types(self.target)
         for key, value in given.items():
             if key not in known:
                 raise RequestError(
@@ -121,7 +122,8 @@ class Plugin:
                     if known
                     else f"{kind} '{self.name}' takes no parameters, but '{key}' was given"
                 )
-            check_type(f"{kind} '{self.name}', parameter '{key}'", value, known[key])
+            where = f"{kind} '{self.name}', parameter '{key}'"
+            check_type(where, value, known[key], annotated.get(key, ()))
         resolved = with_defaults(known, given)
         missing = [key for key, value in resolved.items() if value is inspect.Parameter.empty]
         if missing:

@@ -158,7 +158,9 @@ def with_noise(
 
 
 def _found(statistics: str | Path | Statistics, model: Model, layer: str) -> Statistics:
-    return statistics if isinstance(statistics, Statistics) else load_statistics(statistics, model, layer)
+    if isinstance(statistics, Statistics):
+        return statistics
+    return load_statistics(statistics, model, layer, words=(*OWN_STATISTICS, "fitted"))
 
 
 @dataclass(frozen=True)
@@ -209,12 +211,27 @@ def prior_odds(
     """Mean log-odds (n,) of passes of noise alone: what is believed of the class without any image."""
     centre, spread = tail.summarise(features.mean, features.std)
     noise = _normal(generators, (samples, *tail.shape), centre)
-    scores = []
     with torch.no_grad():
-        for copies in torch.arange(len(centre) * samples, device=centre.device).split(chunk):
-            i, j = copies // samples, copies % samples
-            scores.append(log_odds(tail.logits(centre[i] + spread[i] * noise[i, j]), features.targets[i]))
-    return torch.cat(scores).view(-1, samples).mean(1)
+        return noisy_odds(tail, centre, spread, noise, features.targets, chunk).mean(1)
+
+
+def noisy_odds(
+    tail: Tail, centre: Tensor, spread: Tensor, noise: Tensor, targets: Tensor, chunk: int
+) -> Tensor:
+    """Log-odds (n, samples) of the targets (n,) behind a stream, of which the tail reads noisy copies.
+
+    Args:
+        tail: gives logits.
+        centre, spread: (n, ...) what `Tail.summarise` gives of the stream.
+        noise: (n, samples, ...), standard normal.
+        targets: the classes.
+        chunk: copies in one pass.
+    """
+    samples, scores = noise.shape[1], []
+    for copies in torch.arange(len(centre) * samples, device=centre.device).split(chunk):
+        i, j = copies // samples, copies % samples
+        scores.append(log_odds(tail.logits(centre[i] + spread[i] * noise[i, j]), targets[i]))
+    return torch.cat(scores).view(-1, samples)
 
 
 def optimised(
@@ -252,8 +269,7 @@ def optimised(
     optimizer = torch.optim.Adam([alpha], lr=learning_rate)
     count = 2 if gamma else 1
     for _ in range(iterations):
-        drawn = _normal(generators, (count, samples // 2, *tail.shape), features.values)
-        noise = torch.cat([drawn, -drawn], 2)
+        noise = signed_pairs(generators, (count, samples // 2, *tail.shape), features.values)
         alpha.grad = _gradient(tail, features, replace(gates, alpha=alpha), noise, beta, gamma, prior, chunk)
         optimizer.step()
         alpha.clamp_(-LIMIT, LIMIT)
@@ -379,6 +395,12 @@ def solved(gain: Tensor, share: Tensor, squares: Tensor, beta: float) -> Tensor:
 def _normal(generators: Sequence[torch.Generator], shape: tuple[int, ...], like: Tensor) -> Tensor:
     """Standard normal numbers (n, *shape), those of an image from its own generator."""
     return torch.stack([torch.randn(shape, generator=one) for one in generators]).to(like)
+
+
+def signed_pairs(generators: Sequence[torch.Generator], shape: tuple[int, ...], like: Tensor) -> Tensor:
+    """Standard normal (streams, half, ...) for an image, and their negatives: (n, streams, 2 half, ...)."""
+    drawn = _normal(generators, shape, like)
+    return torch.cat([drawn, -drawn], 2)
 
 
 def _coins(generator: torch.Generator, shape: tuple[int, ...]) -> Tensor:

@@ -25,7 +25,7 @@ from faithmap.explaining import describe, guarded
 from faithmap.fitting import Fit
 from faithmap.learning_record import circumstances, curve_csv, data_entry
 from faithmap.models import Model
-from faithmap.parameters import check_type, with_defaults
+from faithmap.parameters import annotated_types, check_type, with_defaults
 from faithmap.records import Sample, digest
 from faithmap.registry import Plugin
 from faithmap.store import write_bytes
@@ -253,14 +253,15 @@ def fit_options(plugin: Plugin, given: Mapping[str, Any]) -> dict[str, Any]:
     """
     if not plugin.fits:
         raise RequestError(f"explainer '{plugin.name}' is not fitted: it explains any model as it is")
-    known = plugin.fit_options
+    known, annotated = plugin.fit_options, annotated_types(plugin.target.fit)  # type: ignore[attr-defined]
     for key, value in given.items():
         if key not in known:
             raise RequestError(
                 f"the fit of '{plugin.name}' has no option '{key}'; "
                 + (nearest(key, known) if known else "it has none")
             )
-        check_type(f"the fit of '{plugin.name}', option '{key}'", value, known[key])
+        where = f"the fit of '{plugin.name}', option '{key}'"
+        check_type(where, value, known[key], annotated.get(key, ()))
     options = with_defaults(known, given)
     missing = [key for key, value in options.items() if value is inspect.Parameter.empty]
     if missing:
@@ -295,7 +296,7 @@ def train(
         RequestError: the explainer needs no fit with these parameters, or another process makes it.
     """
     if not fitting.wants_fit(request.plugin, request.params):
-        raise RequestError(f"explainer '{request.plugin.name}' needs no fit with these parameters")
+        raise RequestError(fitting.needless(request.plugin, request.params))
     folder = fitting.home() / "fitted" / request.plugin.name if out is None else out
     file = folder / request.file_name
     if file.is_file() and not fresh:
@@ -443,8 +444,6 @@ def _record(
             **data.seen.entry(),
         },
         "transform": repr(request.model.transform),
-        "params_added": sum(
-            value.numel() for name, value in tensors.items() if not name.endswith(fitting.BUFFERS)
-        ),
+        "params_added": fitting.numbers_used(request.plugin, request.params, tensors),
         **circumstances(session, request.model),
     }

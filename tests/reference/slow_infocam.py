@@ -41,6 +41,12 @@ def told(score: float, prior: float) -> float:
     return pi * math.log(pi / p) + (1 - pi) * math.log((1 - pi) / (1 - p))
 
 
+def belief_divergence(score: float, prior: float) -> float:
+    """KL of p from pi, the sigmoids of two log-odds: the sum over both values of the binary variable."""
+    p, pi = sigmoid(score), sigmoid(prior)
+    return p * math.log(p / pi) + (1 - p) * math.log((1 - p) / (1 - pi))
+
+
 def opened(kind: str, alpha: Array, features: Array, mean: Array) -> Array:
     """lambda (K, N) from the parameters (K,), (2, K) or (K, N)."""
     result = np.zeros_like(features)
@@ -77,6 +83,31 @@ def loss(
         z = (1 - share) * features + share * (mean + std * e)
         total += gamma * told(log_odds(tail(z), target), prior) / len(signed)
     return total + beta * float(nats(features, mean, std, share).mean())
+
+
+def report(
+    tail: Tail, target: int, features: Array, mean: Array, std: Array, share: Array,
+    draws: Array, noise_draws: Array,
+) -> dict[str, float]:  # fmt: skip
+    """Section 4.3's bounds a to c for one image, by draws that are used with both signs."""
+
+    def scores(opened: Array, drawn: Array) -> list[float]:
+        found = []
+        for e in [one * draw for one in (1, -1) for draw in drawn]:
+            found.append(log_odds(tail(opened * features + (1 - opened) * (mean + std * e)), target))
+        return found
+
+    kept, blind = scores(share, draws), scores(np.zeros_like(share), draws)
+    left = scores(1 - share, noise_draws)
+    prior = sum(blind) / len(blind)
+    return {
+        "kept": sum(cross_entropy(score) for score in kept) / len(kept),
+        "clean": cross_entropy(log_odds(tail(features), target)),
+        "noise": sum(cross_entropy(score) for score in blind) / len(blind),
+        "information": float(nats(features, mean, std, share).sum()),
+        "bound": sum(belief_divergence(score, prior) for score in left) / len(left),
+        "leak": sum(belief_divergence(score, prior) for score in left if score > prior) / len(left),
+    }
 
 
 def optimised(
