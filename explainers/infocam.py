@@ -443,7 +443,8 @@ def _map(cut: Cut, features: Features, gates: Gates, chosen: _Settings) -> Tenso
             weights = carried.mean(2) * (excess.mean(2) > 0)
         shown = excess.clamp_min(0) if chosen.map == "A_plus" else values
         maps = (_shares(weights).unsqueeze(2) * shown).sum(1).clamp_min(0)
-    return maps.unflatten(1, cut.layout.grid)
+    placed: Tensor = maps.unflatten(1, cut.layout.grid)
+    return placed
 
 
 def _shut(cut: Cut, features: Features, gates: Gates, chosen: _Settings) -> Tensor:
