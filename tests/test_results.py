@@ -69,7 +69,7 @@ def test_the_quickstart_covers_what_it_promises(quickstart: Any) -> None:
     assert {entry["family"] for entry in manifest["models"].values()} == {"cnn", "vit"}
     for _, cell in board.groupby(["model", "dataset"]):
         assert len(cell) >= 12
-        assert set(cell["n"]) == {128}
+        assert set(cell["n"]) == {96}
         assert set(cell["failed"]) == {0}
         for score in (
             "auc_d",
