@@ -40,7 +40,13 @@ SAMPLE = 8
     sample=SAMPLE,
 )
 def cost(
-    model: Model, batch: Batch, maps: Maps, *, images: int = SAMPLE, repetitions: int = 7
+    model: Model,
+    batch: Batch,
+    maps: Maps,
+    *,
+    images: int = SAMPLE,
+    repetitions: int = 7,
+    batch_repetitions: int = 3,
 ) -> dict[str, Values]:
     """Time, passes and memory of the explainer itself, apart from all scoring.
 
@@ -53,12 +59,12 @@ def cost(
       after a warm-up call; all images together have at least `repetitions` timings. The curve
       holds the repetitions.
     - `ms_per_image_batch`: milliseconds for the whole batch divided by its images, the median of
-      `repetitions` calls after a warm-up; the curve holds them. The same for every image.
+      `batch_repetitions` calls after a warm-up; the curve holds them. The same for every image.
     - `forwards`, `backwards`: images passed through the model per explained image, counted.
     - `peak_mb`: the device's memory above what was in use before the call, in units of 10^6 bytes,
       for one image; only on a CUDA device, where the allocator keeps count.
 
-    A method of thousands of passes takes its time here as well: `repetitions` + 1 whole batches.
+    A method of thousands of passes takes its time here as well: `batch_repetitions` + 1 whole batches.
     The repetitions are fixed beforehand, never shortened by the clock; give fewer to such a method.
 
     Args:
@@ -66,21 +72,23 @@ def cost(
         batch: images with targets, and the explainer that made the maps.
         maps: not looked at.
         images: how many images of the batch are timed and get rows, from the first on.
-        repetitions: timings at batch 1, in all and at least, and of the whole batch.
+        repetitions: timings at batch 1, in all and at least.
+        batch_repetitions: timings of the whole batch.
     """
     if batch.explainer is None:
         raise RequestError("metric 'cost' times an explainer, but only maps were given; name the explainer")
     if not 1 <= images <= SAMPLE:
         raise RequestError(f"metric 'cost', parameter 'images': got {images}, expected 1 to {SAMPLE}")
-    if repetitions < 1:
-        raise RequestError(f"metric 'cost', parameter 'repetitions': got {repetitions}, expected at least 1")
+    for name, value in (("repetitions", repetitions), ("batch_repetitions", batch_repetitions)):
+        if value < 1:
+            raise RequestError(f"metric 'cost', parameter '{name}': got {value}, expected at least 1")
     only = range(min(images, len(batch)))
     each = math.ceil(repetitions / len(only))
     _call(model, batch, [0])
     singles = [[_call(model, batch, [i]) for _ in range(each)] for i in only]
     everything = range(len(batch))
     _call(model, batch, everything)
-    whole = [_call(model, batch, everything).milliseconds / len(batch) for _ in range(repetitions)]
+    whole = [_call(model, batch, everything).milliseconds / len(batch) for _ in range(batch_repetitions)]
     return _scores(singles, whole, len(batch), only)
 
 

@@ -78,14 +78,14 @@ def test_repetitions_and_their_curves(batch: Batch) -> None:
         return nothing(model, some)
 
     found = score(batch.select(range(3)), explain)
-    # A warm-up and 3 x 3 >= 7 timings alone, a warm-up and seven timings of the whole batch.
-    assert sizes == [1] + [1] * 9 + [3] + [3] * 7
+    # A warm-up and 3 x 3 >= 7 timings alone, a warm-up and three timings of the whole batch.
+    assert sizes == [1] + [1] * 9 + [3] + [3] * 3
     singles, whole = found["ms_per_image"], found["ms_per_image_batch"]
     assert singles.curves is not None
     assert singles.curves.shape == (3, 3)
     assert torch.equal(singles.values, singles.curves.median(1).values)
     assert whole.curves is not None
-    assert whole.curves.shape == (3, 7)
+    assert whole.curves.shape == (3, 3)
     assert torch.equal(whole.values, whole.curves.median(1).values)
     assert len(set(whole.values.tolist())) == 1
 
@@ -170,14 +170,15 @@ def test_an_image_that_fails_leaves_the_measure_as_it_is(cnn: Model) -> None:
 def test_the_model_s_own_count_is_kept(batch: Batch) -> None:
     model = batch.context.model
     with model.counting() as meter:
-        score(batch.select([0]), six_forwards, repetitions=2)
-    assert meter.forwards == 6 * (1 + 2 + 1 + 2)
+        score(batch.select([0]), six_forwards, repetitions=2, batch_repetitions=5)
+    assert meter.forwards == 6 * (1 + 2 + 1 + 5)
 
 
 @pytest.mark.parametrize(
     ("params", "message"),
     [({"images": 0}, "'images': got 0, expected 1 to 8"), ({"images": 9}, "'images': got 9"),
-     ({"repetitions": 0}, "'repetitions': got 0, expected at least 1")],
+     ({"repetitions": 0}, "'repetitions': got 0, expected at least 1"),
+     ({"batch_repetitions": 0}, "'batch_repetitions': got 0, expected at least 1")],
 )  # fmt: skip
 def test_wrong_parameters_are_refused(batch: Batch, params: dict[str, object], message: str) -> None:
     with pytest.raises(RequestError, match=message):
