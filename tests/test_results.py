@@ -10,13 +10,14 @@ import pandas as pd
 import pytest
 from rich.console import Console
 
-from faithmap import boards, registry
+from faithmap import boards, equation_nine, registry
 from faithmap.folders import read_run
 from faithmap.leaderboard import build_board, write_boards
 from faithmap.records import REFERENCE_NULL
 
 RESULTS = Path(__file__).parents[1] / "results"
 BOARDS = sorted(folder.parent.name for folder in RESULTS.glob("*/manifest.json"))
+MEASURED = sorted(page.parent.name for page in RESULTS.glob(f"*/{equation_nine.FILES[1]}"))
 COMPARED = sorted(page.parent.name for page in RESULTS.glob("*/published.md"))
 
 
@@ -40,6 +41,23 @@ def test_a_page_beside_the_papers_tables_is_rebuilt_byte_for_byte(name: str, tmp
     page = tmp_path / "published.md"
     assert boards.compare([RESULTS / name], [], page, Console(quiet=True)) == 0
     assert page.read_bytes() == (RESULTS / name / "published.md").read_bytes()
+
+
+@pytest.mark.parametrize("name", MEASURED)
+def test_a_page_on_equation_nine_is_rebuilt_from_its_lines_byte_for_byte(name: str) -> None:
+    lines, page = (RESULTS / name / file for file in equation_nine.FILES)
+    assert page.read_text(encoding="utf-8") == equation_nine.page(equation_nine.read_lines(lines))
+
+
+def test_the_reading_of_equation_nine_that_is_the_default_is_the_one_that_the_dev_part_supports() -> None:
+    """On both convolutional networks 9a leads 9b with its whole interval; on the transformer neither leads."""
+    assert registry.get("explainer", "scan").parameters["weighting"] == "amplified"
+    rows, manifest = read_run(RESULTS / "scan-readings")
+    assert manifest["settings"]["part"] == "dev"
+    for model, cell in build_board(rows, manifest).groupby("model"):
+        line = cell.set_index("explainer")
+        apart = line.loc["scan", "auc_d_low"] > line.loc["scan (9b)", "auc_d_high"]
+        assert apart == (model != "shapes/vit"), model
 
 
 def test_a_board_of_published_methods_stands_beside_the_papers() -> None:
