@@ -50,7 +50,7 @@ def test_a_page_on_equation_nine_is_rebuilt_from_its_lines_byte_for_byte(name: s
 
 
 def test_the_reading_of_equation_nine_that_is_the_default_is_the_one_that_the_dev_part_supports() -> None:
-    """On both convolutional networks 9a leads 9b with its whole interval; on the transformer neither leads."""
+    """On both convolutional networks 9a leads 9b with the whole interval; on the transformer neither does."""
     assert registry.get("explainer", "scan").parameters["weighting"] == "amplified"
     rows, manifest = read_run(RESULTS / "scan-readings")
     assert manifest["settings"]["part"] == "dev"
