@@ -16,7 +16,7 @@ from faithmap import gradient_masks, registry
 from faithmap.batch import Batch
 from faithmap.context import Context
 from faithmap.errors import RequestError
-from faithmap.explaining import bind, explain_batch
+from faithmap.explaining import EVERYTHING, bind, explain_batch, undefined
 from faithmap.models import Model
 from faithmap.reconstruction import blurred_target, confidence_of
 from faithmap.scoring import Heading, rows_of, score_maps, use_metric
@@ -126,10 +126,10 @@ class TestMaps:
             make_scan(**params)
 
     def test_models_whose_grid_does_not_fit(self, cnn: Model) -> None:
-        facts = registry.get("explainer", "scan").facts
+        plugin = registry.get("explainer", "scan")
         odd = Model(cnn.module, mean=0.5, std=0.5, input_size=30)
-        assert facts.defined_for is not None and facts.defined_for(cnn) is None
-        assert "power of two" in str(facts.defined_for(odd))
+        assert undefined(plugin, cnn, EVERYTHING) == ""
+        assert "power of two" in undefined(plugin, odd, EVERYTHING)
 
 
 class TestNotes:
