@@ -119,6 +119,12 @@ class TestScan:
             figure, expected(photo, [("gradcam", "gradcam", {}, False), ("centre", "centre", {}, False)])
         )
 
+    def test_settings_tell_the_panels_of_one_explainer_apart(self, photo: Path) -> None:
+        code, said, figure = drawn(photo, "gradcam,gradcam[layer=layer3]")
+        assert code == 0, said
+        named = [("gradcam", {}), ("gradcam\n[layer=layer3]", {"layer": "layer3"})]
+        assert np.array_equal(figure, expected(photo, [(title, "gradcam", p, False) for title, p in named]))
+
     def test_python_gives_what_the_decoder_gives(self, home: Path) -> None:
         model = load_model("shapes/resnet")
         images = torch.rand(2, 3, *model.input_size, generator=torch.Generator().manual_seed(0))

@@ -218,4 +218,4 @@ class TestDecoders:
         for layer, fits in ((None, False), ("body", False), ("stem", True)):
             reason = undefined(plugin, odd, EVERYTHING, plugin.check({"layer": layer}))
             assert (reason == "") == fits and ("power of two" in reason) != fits
-        assert undefined(plugin, even, EVERYTHING, plugin.check({"layer": "nowhere"})) == ""  # refused in use
+        assert "no layer 'nowhere'" in undefined(plugin, even, EVERYTHING, plugin.check({"layer": "nowhere"}))

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from faithmap.config import Config, RunSettings, load_config, parse_spec, split_list
+from faithmap.config import Config, RunSettings, load_config, parse_spec, split_list, write_spec
 from faithmap.errors import DataError, FaithmapError, RequestError, nearest
 from faithmap.listing import load_plugins
 from faithmap.records import Sample, Spec
@@ -401,16 +401,19 @@ def _panels(
     from faithmap import api
 
     panels, failed = [], False
+    names = [spec.title for spec in specs]
     for spec in specs:
         asked = api.ask(network, batch, [target], spec.name, seed, spec.params)
         maps, notes = asked.maps()
-        panels.append((spec.title, maps[0]))
+        # Of one explainer with several settings, the settings tell the panels apart.
+        title = spec.title if names.count(spec.title) == 1 else write_spec(spec.name, spec.params)
+        panels.append((title.replace("[", "\n[", 1), maps[0]))
         for note in notes:
-            console.print(f"{spec.title}: {note}", markup=False, highlight=False, soft_wrap=True)
+            console.print(f"{title}: {note}", markup=False, highlight=False, soft_wrap=True)
         if not asked.reconstructs:
             continue
         try:
-            panels.append((f"{spec.title}:\nreconstruction", asked.reconstruction()[0]))
+            panels.append((f"{title}:\nreconstruction", asked.reconstruction()[0]))
         except FaithmapError as error:  # the other panels do not suffer
             failed = True
             errors.print(f"not drawn: {error}", markup=False, highlight=False, soft_wrap=True)

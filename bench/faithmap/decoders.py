@@ -51,21 +51,16 @@ def doublings(size: tuple[int, int], grid: tuple[int, int]) -> int:
 
 
 def misfit(model: Model, layer: str | None = None) -> str | None:
-    """Why no decoder fits a layer's feature grid; None where one does. For `defined_for`.
+    """Why no decoder fits a layer's feature grid, or there is no such layer; None where one does.
+
+    For `defined_for`.
 
     Args:
         model: the model.
-        layer: its name; by default the one that is analysed, whose grid is the model's. One that is not
-            there, or has no grid, is left to be refused where it is used.
+        layer: its name; by default the one that is analysed, whose grid is the model's.
     """
-    grid = model.grid
-    if layer is not None:
-        try:
-            grid = layout_of(model, layer).grid
-        except RequestError:
-            return None
     try:
-        doublings(model.input_size, grid)
+        doublings(model.input_size, model.grid if layer is None else layout_of(model, layer).grid)
     except RequestError as error:
         return str(error)
     return None
