@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from faithmap import explainer
 
@@ -97,6 +97,9 @@ class Scan:
     Raises:
         RequestError: a parameter is out of range or not known.
     """
+
+    #: What a column of the curve counts: the record of a fit keeps its sum.
+    counts: ClassVar[Mapping[str, str]] = {"unmasked": "not masked, as no gradient was positive"}
 
     def __init__(
         self,

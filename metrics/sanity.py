@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 import torch
@@ -164,11 +165,10 @@ def _least(batch: Batch) -> Tensor:
 
 
 def _spearman(one: Tensor, two: Tensor) -> float:
-    from scipy.stats import spearmanr
+    from faithmap.stats import rank_correlation
 
-    if bool(one.max() == one.min()) or bool(two.max() == two.min()):
-        return 0.0
-    return float(spearmanr(one.flatten().cpu().numpy(), two.flatten().cpu().numpy())[0])
+    found = rank_correlation(one.cpu(), two.cpu())
+    return 0.0 if math.isnan(found) else found
 
 
 def _similarity(one: Tensor, two: Tensor) -> float:

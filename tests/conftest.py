@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import PIL.Image
 import pytest
 import torch
 from torch import nn
@@ -157,3 +159,12 @@ def model(request: pytest.FixtureRequest) -> Model:
 @pytest.fixture
 def batch(model: Model) -> Batch:
     return make_batch(model)
+
+
+@pytest.fixture
+def photo(tmp_path: Path) -> Path:
+    """A file with an image of noise, 80 pixels wide and 60 high."""
+    file = tmp_path / "photo.jpg"
+    noise = np.random.default_rng(0).integers(0, 255, (60, 80, 3), dtype=np.uint8)
+    PIL.Image.fromarray(noise).save(file)
+    return file

@@ -60,3 +60,16 @@ def typed(*words: object) -> tuple[int, str]:
         return cli.main([*(str(word) for word in words), *more]), stream.getvalue()
     finally:
         cli.OUT, cli.ERR = kept
+
+
+class KilledError(BaseException):
+    """Stands in for a kill."""
+
+
+class KillAt(training.Silent):
+    def __init__(self, at: int) -> None:
+        self.at = at
+
+    def step(self, step: int, values: Any) -> None:
+        if step == self.at:
+            raise KilledError

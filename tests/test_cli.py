@@ -8,7 +8,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import PIL.Image
 import pytest
 from rich.console import Console
@@ -175,14 +174,6 @@ def test_boards_of_nothing(tmp_path: Path, typed) -> None:  # type: ignore[no-un
         code, shown = typed(command, tmp_path)
         assert code == 2
         assert "holds no run" in shown
-
-
-@pytest.fixture
-def photo(tmp_path: Path) -> Path:
-    file = tmp_path / "photo.jpg"
-    noise = np.random.default_rng(0).integers(0, 255, (60, 80, 3), dtype=np.uint8)
-    PIL.Image.fromarray(noise).save(file)
-    return file
 
 
 def test_explain_draws_a_figure(photo: Path, typed) -> None:  # type: ignore[no-untyped-def]

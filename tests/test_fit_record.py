@@ -5,11 +5,10 @@ from __future__ import annotations
 import io
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from fits import asked, typed
+from fits import KillAt, KilledError, asked, typed
 from rich.console import Console
 
 import faithmap
@@ -23,19 +22,6 @@ pytestmark = pytest.mark.usefixtures("toy_fitted", "home")
 @pytest.fixture
 def model() -> Model:
     return load_model("shapes/resnet")
-
-
-class KilledError(BaseException):
-    """Stands in for a kill."""
-
-
-class KillAt(training.Silent):
-    def __init__(self, at: int) -> None:
-        self.at = at
-
-    def step(self, step: int, values: Any) -> None:
-        if step == self.at:
-            raise KilledError
 
 
 def learn(data: training.TrainingData, session: training.Session, steps: int, epochs: int = 1) -> None:
@@ -135,13 +121,16 @@ def test_a_fit_says_how_many_passes_were_not_masked(model: Model, home: Path) ->
 
 def test_sums_are_told_where_they_are_above_zero() -> None:
     curve = [{"step": 1.0, "loss": 2.0, "unmasked": 3.0}, {"step": 2.0, "loss": 1.0, "unmasked": 0.0}]
-    assert counted(curve) == {"unmasked": 3}
-    assert counted([{"step": 1.0, "loss": 2.0}]) == counted([]) == {}
+    columns = fitting.counts(registry.get("explainer", "scan"))
+    assert counted(curve, columns) == {"unmasked": 3}
+    assert counted([{"step": 1.0, "loss": 2.0}], columns) == counted([], columns) == {}
     told = "not masked, as no gradient was positive: 3"
-    assert told_counts({"data": {"passes": 8}, "counts": {"unmasked": 3}}) == [f"{told} of 8 image passes"]
-    assert told_counts({"data": {}, "counts": {"unmasked": 3}}) == [f"{told} image passes"]
-    assert told_counts({"data": {"passes": 8}, "counts": {"unmasked": 0}}) == []
-    assert told_counts({"data": {"images": 8}}) == []
+    passes, record = {"passes": 8}, {"counts": {"unmasked": 3}}
+    assert told_counts({"data": passes, **record}, columns) == [f"{told} of 8 image passes"]
+    assert told_counts({"data": {}, **record}, columns) == [f"{told} image passes"]
+    assert told_counts({"data": passes, "counts": {"unmasked": 0}}, columns) == []
+    assert told_counts({"data": {"images": 8}}, columns) == []
+    assert told_counts({"data": passes, **record}, fitting.counts(registry.get("explainer", "infocam"))) == []
 
 
 def test_records_without_a_count_are_told_as_before(model: Model, tmp_path: Path) -> None:

@@ -16,7 +16,6 @@ import slow_metrics as slow
 from faithmap.batch import Batch, Scored
 from faithmap.errors import RequestError
 from faithmap.explaining import MapSet
-from faithmap.masking import as_doubles
 from faithmap.models import Model
 from faithmap.records import Spec
 from faithmap.registry import get
@@ -221,24 +220,3 @@ def test_an_unknown_space_suggests_the_nearest(cnn: Model) -> None:
     batch = slow.batch_of(cnn, slow.random_images(1, 32))
     with pytest.raises(RequestError, match="did you mean 'normalised'"):
         score("bounded-drop", cnn, batch, torch.rand(1, 32, 32), space="normalized")
-
-
-class OnApple:
-    """A tensor on a device that has no double precision, as far as it is asked here."""
-
-    device = torch.device("mps")
-
-    def __init__(self, values: Tensor) -> None:
-        self.values = values
-
-    def cpu(self) -> Tensor:
-        return self.values
-
-    def double(self) -> Tensor:
-        raise TypeError("Cannot convert a MPS Tensor to float64 dtype")
-
-
-def test_probabilities_come_to_the_cpu_where_the_device_has_no_doubles() -> None:
-    values = torch.rand(3)
-    assert torch.equal(as_doubles(OnApple(values)), values.double())  # type: ignore[arg-type]
-    assert torch.equal(as_doubles(values), values.double())

@@ -46,14 +46,6 @@ def home(trained: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.fixture
-def photo(tmp_path: Path) -> Path:
-    file = tmp_path / "photo.png"
-    pixels = np.random.default_rng(0).integers(0, 255, (60, 80, 3), dtype=np.uint8)
-    PIL.Image.fromarray(pixels).save(file)
-    return file
-
-
-@pytest.fixture
 def known() -> Iterator[None]:
     """What a test registers is forgotten behind it."""
     with toy_registered():

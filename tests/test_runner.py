@@ -371,6 +371,7 @@ def test_a_users_own_network_by_file_and_by_object(place: Path) -> None:
         (("--limit", "few"), "'--limit'"),
         (("--part", "test"), "expected one of eval, dev, all"),
         (("--device", "cuda:9"), "device 'cuda:9' is not there"),
+        (("--device", "mps"), "device 'mps' has no double precision"),
         (("--engine", "ray"), "unknown engine 'ray'"),
         (("--explainers", "occlusion[windw=3]"), "no parameter 'windw'"),
         (("--out", "net.py"), "cannot write to net.py"),
@@ -468,3 +469,10 @@ def test_a_file_named_by_an_explainer_is_keyed_by_content(place: Path) -> None:
     done = faithmap.run(config, models=[model], out=place / "run", figures=False)
     scored = done.rows().query("explainer == 'iba' and metric == 'auc_d'")
     assert list(scored["status"]) == ["ok", "ok"]
+
+
+def test_no_device_without_double_precision_is_taken_unasked(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert runner.resolve_device("auto") == "cpu"
+    assert runner.resolve_device("mps") == "mps"  # explaining and fitting may try

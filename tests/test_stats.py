@@ -22,6 +22,22 @@ def rng(seed: int = RNG_SEED) -> np.random.Generator:
     return np.random.Generator(np.random.PCG64(seed))
 
 
+class TestRankCorrelation:
+    def test_is_the_correlation_of_ranks_whatever_the_shape(self) -> None:
+        one, other = np.random.default_rng(0).normal(size=(2, 4, 5)).round(1)
+        ranks = [
+            [np.mean([float(b < a) + 0.5 * float(b == a) for b in x.flat]) for a in x.flat]
+            for x in (one, other)
+        ]
+        assert stats.rank_correlation(one, other) == pytest.approx(np.corrcoef(ranks)[0, 1])
+        assert stats.rank_correlation(one, np.exp(one)) == pytest.approx(1)
+        assert stats.rank_correlation(one, -one) == pytest.approx(-1)
+
+    def test_what_does_not_vary_has_none(self) -> None:
+        assert math.isnan(stats.rank_correlation(np.ones(4), np.arange(4)))
+        assert math.isnan(stats.rank_correlation(np.arange(4), np.ones(4)))
+
+
 class TestWilson:
     @pytest.mark.parametrize(("hits", "n"), [(0, 5), (5, 5), (3, 7), (40, 128), (12.5, 64)])
     def test_solves_its_definition(self, hits: float, n: int) -> None:

@@ -10,11 +10,10 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from fits import TOY, asked, typed
+from fits import TOY, KillAt, KilledError, asked, typed
 from rich.console import Console
 
 from faithmap import commands, fitting, training
@@ -28,19 +27,6 @@ pytestmark = pytest.mark.usefixtures("toy_fitted", "home")
 @pytest.fixture
 def model() -> Model:
     return load_model("shapes/resnet")
-
-
-class KilledError(BaseException):
-    """Stands in for a kill."""
-
-
-class KillAt(training.Silent):
-    def __init__(self, at: int) -> None:
-        self.at = at
-
-    def step(self, step: int, values: Any) -> None:
-        if step == self.at:
-            raise KilledError
 
 
 @pytest.mark.parametrize("at", [2, 3, 4, 7, 9])

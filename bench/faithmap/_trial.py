@@ -5,15 +5,16 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
+from faithmap import stats
 from faithmap._checks import (
     CORRELATION,
     ROUNDING,
@@ -244,12 +245,8 @@ def spread(maps: Tensor) -> float:
 
 def rank_correlation(one: Tensor, two: Tensor) -> float:
     """Spearman's correlation of two maps; 1 where both are constant, 0 where one is."""
-    from scipy.stats import rankdata
-
-    ranks = np.stack([rankdata(values.double().flatten().numpy()) for values in (one.cpu(), two.cpu())])
-    if not ranks.std(1).all():
-        return float(ranks.std() == 0)
-    return float(np.corrcoef(ranks)[0, 1])
+    found = stats.rank_correlation(one.double().cpu(), two.double().cpu())
+    return float(all(each.max() == each.min() for each in (one, two))) if math.isnan(found) else found
 
 
 def disagreement(trial: Trial, one: Tensor, two: Tensor, tolerance: float = TOLERANCE) -> str:

@@ -83,13 +83,7 @@ def reconstruct(
 ) -> Tensor:
     """The images as an explainer reconstructs them, where it gives that beside its maps.
 
-    Args:
-        model: a `Model`, or a name such as "timm/resnet18".
-        images: (B, 3, H, W), RGB in [0, 1].
-        targets: the classes (B,) explained; by default the predictions.
-        explainer: a registry name.
-        seed: of explainers that draw random numbers.
-        **params: the explainer's own.
+    It takes what `explain` takes.
 
     Returns:
         (B, 3, H, W) in [0, 1].

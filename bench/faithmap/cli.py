@@ -123,7 +123,7 @@ def run(
     part: Annotated[str | None, typer.Option(help="eval, dev or all.")] = None,
     target: Annotated[str | None, typer.Option(help="Class explained: predicted, label or second.")] = None,
     map_grid: Annotated[str | None, typer.Option(help="model, native, or a side in cells.")] = None,
-    device: Annotated[str | None, typer.Option(help="auto, cpu, cuda, cuda:N or mps.")] = None,
+    device: Annotated[str | None, typer.Option(help="auto, cpu, cuda or cuda:N.")] = None,
     precision: Annotated[str | None, typer.Option(help="fp32 or bf16.")] = None,
     batch_size: Annotated[str | None, typer.Option(help="auto, or a number of images.")] = None,
     out: Annotated[

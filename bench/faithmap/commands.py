@@ -277,7 +277,7 @@ def train(
     """Fit, and say where the fit lies and how it is used."""
     from faithmap import progress
     from faithmap import training as fits
-    from faithmap.fitting import spec_text, told_images
+    from faithmap.fitting import counts, spec_text, told_images
     from faithmap.learning_record import told_counts
 
     started = time.monotonic()
@@ -290,7 +290,7 @@ def train(
         f"{record['explainer']} fitted to {record['model']['name']} on {images} of {data['dataset']}: "
         f"{record['params_added']:,} parameters, {record['seconds']:.0f} s of fitting ({taken} now)"
     ]
-    said += told_counts(record) + _unreadable(data)
+    said += told_counts(record, counts(asked.plugin)) + _unreadable(data)
     params = {**asked.params, "fitted": str(made.path)} if out else asked.params
     spec = shlex.quote(spec_text(asked.plugin, params))
     said += [f"wrote {made.path}", f"fit {made.key}: `faithmap run --explainers {spec}` takes it"]

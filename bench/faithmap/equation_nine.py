@@ -12,21 +12,20 @@ from __future__ import annotations
 
 import argparse
 import csv
+import math
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
-from scipy.stats import spearmanr
 from torch import Tensor
-from torch.nn.functional import adaptive_avg_pool2d
 
 from faithmap.config import load_config
 from faithmap.errors import DataError, FaithmapError, RequestError
-from faithmap.reconstruction import blurred_target, target_area
-from faithmap.stats import Estimate, bca
+from faithmap.reconstruction import blurred_target, over_cells, target_area
+from faithmap.report._format import code, table
+from faithmap.stats import Estimate, bca, rank_correlation
 
 if TYPE_CHECKING:
     from faithmap.batch import Batch
@@ -38,17 +37,16 @@ BATCH = 16
 #: What is kept of every image, after its cell.
 SCORES = ("rho", "rho_pixels", "area_excess", "error", "blind_error", "spread")
 CELL = ("model", "dataset", "explainer", "weighting", "percentile")
+#: Scores whose means are told without an interval, and with how many digits.
+PLAIN = (("error", 4), ("blind_error", 4), ("spread", 3))
 #: A line for each image, and the table.
 FILES = ("equation-9.csv", "equation-9.md")
 
 
-def rank_correlation(one: Tensor, other: Tensor) -> list[float]:
-    """Spearman's correlation of two maps (B, ...), image by image; 0 where one of them does not vary."""
-    found = []
-    for left, right in zip(one.flatten(1).numpy(), other.flatten(1).numpy(), strict=True):
-        varies = np.ptp(left) > 0 and np.ptp(right) > 0
-        found.append(float(spearmanr(left, right).statistic) if varies else 0.0)
-    return found
+def _rank_correlations(one: Tensor, other: Tensor) -> list[float]:
+    """Spearman's correlation of maps (B, ...), image by image; 0 where one of the two does not vary."""
+    found = [rank_correlation(left, right) for left, right in zip(one, other, strict=True)]
+    return [0.0 if math.isnan(value) else value for value in found]
 
 
 def measured(
@@ -69,10 +67,10 @@ def measured(
         error) and `spread` (standard deviation of C over the cells).
     """
     squared = (target - reconstruction).square().mean(1)
-    cells, errors = (adaptive_avg_pool2d(each[:, None], grid)[:, 0] for each in (confidence, squared))
+    cells, errors = (over_cells(each, grid) for each in (confidence, squared))
     columns = {
-        "rho": rank_correlation(cells, errors),
-        "rho_pixels": rank_correlation(confidence, squared),
+        "rho": _rank_correlations(cells, errors),
+        "rho_pixels": _rank_correlations(confidence, squared),
         "area_excess": (confidence.mean((1, 2)) - target_area(alpha)).tolist(),
         "error": squared.mean((1, 2)).tolist(),
         "spread": cells.flatten(1).std(1, correction=0).tolist(),
@@ -151,27 +149,25 @@ def _of_batch(method: Any, model: Model, batch: Batch) -> tuple[list[dict[str, f
     return found, target.cpu()
 
 
-def table(lines: Sequence[Mapping[str, Any]]) -> str:
+def summary(lines: Sequence[Mapping[str, Any]]) -> str:
     """The lines of `lines_of`, or of the file that holds them, as a Markdown table with 95% intervals."""
     cells: dict[tuple[str, ...], list[Mapping[str, Any]]] = {}
     for line in lines:
         cells.setdefault(tuple(str(line[name]) for name in CELL), []).append(line)
     heads = (
-        "Model", "Explainer", "Eq. 9", "P", "Images", "rho, cells", "rho, pixels", "C - A", "Error",
-        "Blind error", "Spread of C", "Signs of",
+        "Model", "Explainer", "Eq. 9", "Signs of", "P", "Images", "rho, cells", "rho, pixels", "C - A",
+        "Error", "Blind error", "Spread of C",
     )  # fmt: skip
     rows = []
     for (model, _, explainer, weighting, percentile), here in cells.items():
         found = {name: bca([[float(line[name]) for line in here]]) for name in SCORES}
         rows.append((
-            f"`{model}`", f"`{explainer}`", "9a" if weighting == "amplified" else "9b",
-            f"{float(percentile):g}", str(len(here)), _told(found["rho"], 2), _told(found["rho_pixels"], 2),
-            _told(found["area_excess"], 3), f"{found['error'].value[0]:.4f}",
-            f"{found['blind_error'].value[0]:.4f}", f"{found['spread'].value[0]:.3f}",
-            verdict(found["rho"], found["area_excess"]),
+            code(model), code(explainer), "9a" if weighting == "amplified" else "9b",
+            verdict(found["rho"], found["area_excess"]), f"{float(percentile):g}", str(len(here)),
+            _told(found["rho"], 2), _told(found["rho_pixels"], 2), _told(found["area_excess"], 3),
+            *(f"{found[name].value[0]:.{digits}f}" for name, digits in PLAIN),
         ))  # fmt: skip
-    aligned = ["--"] * 3 + ["--:"] * 8 + ["--"]
-    return "\n".join("| " + " | ".join(row) + " |" for row in (heads, aligned, *rows)) + "\n"
+    return table(heads, rows, left=4) + "\n"
 
 
 def _told(found: Estimate, digits: int) -> str:
@@ -194,7 +190,7 @@ training, and that of the explanation.
 
 def page(lines: Sequence[Mapping[str, Any]]) -> str:
     """The table with what its columns mean."""
-    return f"{LEGEND}\n{table(lines)}"
+    return f"{LEGEND}\n{summary(lines)}"
 
 
 def read_lines(file: Path) -> list[dict[str, str]]:
@@ -218,7 +214,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options.out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise RequestError(f"--out {options.out}: no folder can be made there ({error})") from error
-    grid = fit_wanted(grid, Silent())
+    grid, _ = fit_wanted(grid, Silent())  # one that fails is told with its reason
     apply_settings(grid, resolve_settings(grid, None))
     lines = list(lines_of(grid))
     if not lines:
@@ -229,9 +225,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for line in lines:
             values = [f"{line[name]:.6g}" for name in SCORES]
             writer.writerow([*(line[name] for name in CELL), line["image_id"], *values])
-    text = page(read_lines(options.out / FILES[0]))
-    (options.out / FILES[1]).write_text(text, encoding="utf-8")
-    sys.stdout.write(table(read_lines(options.out / FILES[0])))
+    written = read_lines(options.out / FILES[0])
+    (options.out / FILES[1]).write_text(page(written), encoding="utf-8")
+    sys.stdout.write(summary(written))
     return 0
 
 

@@ -14,6 +14,8 @@ Such an explainer is a class:
 - `fit_when` (optional, of the class): the parameters that ask for a fit, where the default ones do not;
   messages name them.
 - `numbers_used(self, tensors) -> int` (optional): how many of the numbers that are kept it explains with.
+- `counts` (optional, of the class): columns of the curve that count images of a step, and what is true of
+  these images, such as a fallback; the record keeps their sums, and `faithmap train` ends with them.
 
 A fit is a safetensors file with its record. Its name begins with the key of what it serves (explainer,
 version, the model's weights and the parameters that the fit depends on) and ends with the key of how it
@@ -132,6 +134,12 @@ def numbers_used(plugin: Plugin, params: Mapping[str, Any], tensors: Mapping[str
     if counted is not None:
         return int(counted(tensors))
     return sum(value.numel() for name, value in tensors.items() if not name.endswith(BUFFERS))
+
+
+def counts(plugin: Plugin) -> Mapping[str, str]:
+    """The columns of a fit's curve that count images, and what is true of these."""
+    found: Mapping[str, str] = getattr(plugin.target, "counts", {})
+    return found
 
 
 def fit_params(plugin: Plugin, params: Mapping[str, Any]) -> dict[str, Any]:

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 IMAGES = "images.json"
 #: The one folder of rows in a published board.
 PUBLISHED = "published"
+#: Published rows are written once and passed on many times: zstd's level that takes longest.
+SMALLEST = 19
 
 
 def read_run(path: str | Path) -> tuple[pd.DataFrame, dict[str, Any]]:
@@ -135,6 +137,6 @@ def publish(rows: pd.DataFrame, manifest: Mapping[str, Any], out: Path) -> None:
     store = RunStore(out)
     store.create()
     table = pa.Table.from_pandas(rows, schema=SCHEMA, preserve_index=False)
-    write_table(store.rows_path / PUBLISHED / "rows.parquet", table)
+    write_table(store.rows_path / PUBLISHED / "rows.parquet", table, level=SMALLEST)
     kept = {key: value for key, value in manifest.items() if key != "plan"}
     store.write_manifest({**kept, "cells": [PUBLISHED]})

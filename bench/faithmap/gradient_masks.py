@@ -57,9 +57,7 @@ def percentile_of_positives(
         raise RequestError(f"percentile: got {low if low < 0 else high}, expected 0 to 100")
     counts = (flat > 0).sum(1)
     # Counted from the largest down, P leaves (100 - P)% of the gaps above it: few entries have to be sorted.
-    # Apple's devices have no double precision.
-    kind = torch.float32 if flat.device.type == "mps" else torch.float64
-    above = (100 - given).to(flat.device, kind) * (counts - 1).clamp_min(0) / 100
+    above = (100 - given).to(flat.device) * (counts - 1).clamp_min(0) / 100
     kept = min(flat.shape[1], math.ceil((100 - low) / 100 * flat.shape[1]) + 1)
     largest = flat.topk(kept, dim=1).values.clamp_min(0)
     if interpolation == "nearest":

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import datetime
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,9 +20,6 @@ if TYPE_CHECKING:
     from faithmap.training import Session
 
 
-#: Columns of a curve that count images of a step, whichever explainer reports them: what is true of these
-#: images. A record keeps their sums.
-COUNTED = {"unmasked": "not masked, as no gradient was positive"}
 #: Images that could not be read are named in a record up to this many.
 NAMED = 100
 
@@ -62,7 +59,6 @@ def circumstances(session: Session, model: Model) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "steps": len(session.curve),
         "last": session.curve[-1] if session.curve else {},
-        **({"counts": counts} if (counts := counted(session.curve)) else {}),
         "seconds": round(session.elapsed(), 3),
         "faithmap": faithmap.__version__,
         **git_state(checkout()),
@@ -72,17 +68,17 @@ def circumstances(session: Session, model: Model) -> dict[str, Any]:
     }
 
 
-def counted(curve: Sequence[Mapping[str, float]]) -> dict[str, int]:
-    """The sums of the columns that count images."""
-    return {name: round(sum(line[name] for line in curve)) for name in COUNTED if curve and name in curve[0]}
+def counted(curve: Sequence[Mapping[str, float]], columns: Iterable[str]) -> dict[str, int]:
+    """The sums of the columns that count images of a step."""
+    return {name: round(sum(line[name] for line in curve)) for name in columns if curve and name in curve[0]}
 
 
-def told_counts(record: Mapping[str, Any]) -> list[str]:
+def told_counts(record: Mapping[str, Any], columns: Mapping[str, str]) -> list[str]:
     """A line for each sum of a record that is above zero: what is true of how many image passes."""
     passes = record["data"].get("passes")
     of = "" if passes is None else f" of {passes}"
     counts = record.get("counts", {})
-    return [f"{what}: {counts[name]}{of} image passes" for name, what in COUNTED.items() if counts.get(name)]
+    return [f"{what}: {counts[name]}{of} image passes" for name, what in columns.items() if counts.get(name)]
 
 
 def curve_csv(curve: Sequence[Mapping[str, float]]) -> str:

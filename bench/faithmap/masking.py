@@ -10,9 +10,6 @@ from faithmap.cam import vanishing_colour
 from faithmap.models import Model
 from faithmap.perturb import chunk_size, laid_out, logits_in_chunks
 
-#: Kinds of devices that have no numbers in double precision.
-WITHOUT_DOUBLES = frozenset({"mps"})
-
 
 def rectified(maps: Maps) -> tuple[Tensor, list[int]]:
     """ReLU, then min-max of each map to [0, 1]; and the positions where nothing is left to stretch."""
@@ -24,17 +21,10 @@ def rectified(maps: Maps) -> tuple[Tensor, list[int]]:
     return scaled.clamp(0, 1), empty
 
 
-def as_doubles(values: Tensor) -> Tensor:
-    """Values in float64: where they are, or on the CPU where their device has no such numbers."""
-    return (values.cpu() if values.device.type in WITHOUT_DOUBLES else values).double()
-
-
 def target_scores(
     model: Model, batch: Batch, masks: Tensor, *, space: str = "pixel", score: str = "probability"
 ) -> tuple[Tensor, Tensor]:
     """The target's score Y (B,) on the images and O (M, B) on the images times masks, float64.
-
-    They lie on the images' device, or on the CPU where that has no double precision.
 
     Args:
         model: the model.
@@ -55,9 +45,8 @@ def target_scores(
     logits = logits_in_chunks(model, kinds * count, make, chunk_size(model, batch.size))
     both = torch.cat([batch.logits.unsqueeze(0), logits.view(kinds, count, -1)]).float()
     values = both.softmax(2) if score == "probability" else both
-    chosen = values.gather(2, batch.targets.view(1, -1, 1).expand(len(both), -1, 1)).squeeze(2)
-    doubles = as_doubles(chosen)
-    return doubles[0], doubles[1:]
+    chosen = values.gather(2, batch.targets.view(1, -1, 1).expand(len(both), -1, 1)).squeeze(2).double()
+    return chosen[0], chosen[1:]
 
 
 def without_empty(scored: Scored, empty: list[int]) -> Scored:

@@ -146,6 +146,12 @@ class Losses:
     area: Tensor
 
 
+def over_cells(maps: Tensor, grid: tuple[int, int]) -> Tensor:
+    """The means (B, h, w) of maps (B, H, W) over the cells of the features."""
+    cells: Tensor = torch.nn.functional.adaptive_avg_pool2d(maps.float().unsqueeze(1), grid).squeeze(1)
+    return cells
+
+
 def told_apart(confidence: Tensor, reconstruction: Tensor, target: Tensor, grid: tuple[int, int]) -> Tensor:
     """Correlation of confidence and squared error over the cells of an image, the mean over images: a scalar.
 
@@ -160,10 +166,7 @@ def told_apart(confidence: Tensor, reconstruction: Tensor, target: Tensor, grid:
         grid: (h, w) cells.
     """
     squared = (target - reconstruction).square().mean(1)
-    cells = [
-        torch.nn.functional.adaptive_avg_pool2d(each.float().unsqueeze(1), grid).flatten(1)
-        for each in (confidence, squared)
-    ]
+    cells = [over_cells(each, grid).flatten(1) for each in (confidence, squared)]
     one, two = (each - each.mean(1, keepdim=True) for each in cells)
     scale = one.norm(dim=1) * two.norm(dim=1)
     found = (one * two).sum(1) / scale.clamp_min(1e-12)

@@ -27,8 +27,6 @@ from faithmap.records import Sample, Spec
 from faithmap.registry import Plugin, get, plugins
 from faithmap.training import Training, Watcher, fit_options, train
 
-#: How the reason begins that stands on the board for a fit that was tried and failed.
-FAILED = "not fitted: "
 #: Settings of a fit that are no options of the explainer's own.
 SETTINGS = ("part", "limit", "seed", "precision")
 
@@ -102,7 +100,7 @@ def fit_or_reason(asked: Training, failed: dict[str, str], watcher: Watcher) -> 
         except FaithmapError as error:
             # Folders of this machine have no place on a board.
             told = str(error).replace(str(fitting.home()), f"${fitting.HOME_VARIABLE}")
-            failed[asked.file_name] = f"{FAILED}{told}"
+            failed[asked.file_name] = f"not fitted: {told}"
     return failed[asked.file_name]
 
 

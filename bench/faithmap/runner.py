@@ -27,7 +27,7 @@ from faithmap.pool import Pool
 from faithmap.previews import draw_previews
 from faithmap.provenance import manifest
 from faithmap.records import VARIANTS, digest
-from faithmap.requested_fits import FAILED, fit_or_reason
+from faithmap.requested_fits import fit_or_reason
 from faithmap.store import RunStore
 from faithmap.units import Group
 
@@ -99,6 +99,10 @@ def run(
     """
     check_engine(engine)
     grid = make_grid(load_config(config), models)
+    if grid.config.run.device == "mps":
+        raise RequestError(
+            "device 'mps' has no double precision, in which scores are computed; use --device cpu"
+        )
     chosen_figures(grid.config.published)  # raises where there is no such table
     multiverse.check(grid)
     for model in grid.models:
@@ -109,21 +113,26 @@ def run(
     store.create()
     with store.locked():
         told = observer or Silent()
-        return _run_locked(fit_wanted(grid, told), store, told, fresh, figures, save_maps)
+        grid, failed_fits = fit_wanted(grid, told)
+        done = _run_locked(grid, store, told, fresh, figures, save_maps)
+        return replace(done, failed_fits=failed_fits)
 
 
-def fit_wanted(grid: Grid, observer: Observer) -> Grid:
-    """Fit what the request itself fits and what is not fitted yet: the same grid with these fits.
+def fit_wanted(grid: Grid, observer: Observer) -> tuple[Grid, tuple[str, ...]]:
+    """Fit what the request itself fits and what is not fitted yet.
 
     Each fit is kept as `faithmap train` keeps it, and goes on after a kill likewise. One that fails is a
     reason on the board, and the others go on.
+
+    Returns:
+        The same grid with these fits, and which failed, with the reasons.
     """
     if not any(use.wanted for use in grid.explainers):
-        return grid
+        return grid, ()
     run_settings = grid.config.run
     torch.set_num_threads(run_settings.threads or usable_cores())
     device = resolve_device(run_settings.device)
-    explainers = []
+    explainers, told = [], []
     failed: dict[str, str] = {}
     for use in grid.explainers:
         fits, unfitted = dict(use.fits), dict(use.unfitted)
@@ -133,21 +142,12 @@ def fit_wanted(grid: Grid, observer: Observer) -> Grid:
             if isinstance(found, str):
                 unfitted[name] = found
                 observer.unfitted(use.label, name, found)
+                told.append(f"{use.label} on {name}: {found}")
             else:
                 fits[name] = found
                 del unfitted[name]
         explainers.append(replace(use, fits=fits, unfitted=unfitted, wanted={}))
-    return replace(grid, explainers=tuple(explainers))
-
-
-def _failed_fits(grid: Grid) -> tuple[str, ...]:
-    """The fits of the request that were tried and failed, with the reasons."""
-    return tuple(
-        f"{use.label} on {name}: {reason}"
-        for use in grid.explainers
-        for name, reason in use.unfitted.items()
-        if reason.startswith(FAILED)
-    )
+    return replace(grid, explainers=tuple(explainers)), tuple(told)
 
 
 def _run_locked(
@@ -191,7 +191,7 @@ def _run_locked(
         multiverse.run_variants(grid, settings, variants, library, observer, content["verdicts"])
         library.drop()
         written += write_variants(store.path, figures=figures)
-    return Run(store.path, content, (*written, *drawn), _failed_fits(grid))
+    return Run(store.path, content, (*written, *drawn))
 
 
 def planned(groups: Sequence[Group]) -> dict[str, dict[str, Any]]:
@@ -267,13 +267,15 @@ def usable_cores() -> int:
 
 
 def resolve_device(name: str) -> str:
-    """The device to use: "auto" takes CUDA, then Apple's, then the CPU.
+    """The device to use: "auto" takes CUDA where it is, else the CPU.
+
+    Apple's devices must be named, as they have no double precision, in which scores are computed.
 
     Raises:
         RequestError: the device asked for is not there.
     """
     if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        return "cuda" if torch.cuda.is_available() else "cpu"
     if name.startswith("cuda"):
         index = int(name.partition(":")[2] or 0)
         if not torch.cuda.is_available() or index >= torch.cuda.device_count():

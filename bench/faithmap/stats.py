@@ -66,6 +66,14 @@ class Differences(NamedTuple):
     sign: IntArray
 
 
+def rank_correlation(one: npt.ArrayLike, other: npt.ArrayLike) -> float:
+    """Spearman's correlation of two arrays of as many entries; NaN where one of them does not vary."""
+    left, right = (np.ravel(np.asarray(values)) for values in (one, other))
+    if not (np.ptp(left) and np.ptp(right)):
+        return math.nan
+    return float(distributions.spearmanr(left, right).statistic)
+
+
 def wilson(successes: npt.ArrayLike, n: npt.ArrayLike, level: float = LEVEL) -> tuple[FloatArray, FloatArray]:
     """Wilson's score interval of a proportion, as two arrays in [0, 1]; NaN where n is 0.
 

@@ -215,11 +215,11 @@ def frame(files: Sequence[Path]) -> pd.DataFrame:
     return rows.drop_duplicates(KEY_COLUMNS).sort_values(KEY_COLUMNS, kind="stable", ignore_index=True)
 
 
-def write_table(file: Path, table: pa.Table) -> None:
-    """Write a Parquet file atomically."""
+def write_table(file: Path, table: pa.Table, level: int | None = None) -> None:
+    """Write a Parquet file atomically, at a level of compression where it matters more than time."""
     file.parent.mkdir(parents=True, exist_ok=True)
     temporary = file.with_name(f"{file.name}.{os.getpid()}{UNFINISHED}")
-    pq.write_table(table, temporary, compression="zstd")
+    pq.write_table(table, temporary, compression="zstd", compression_level=level)
     _publish(temporary, file)
 
 

@@ -23,7 +23,7 @@ from faithmap.data import LoadedDataset
 from faithmap.errors import FaithmapError, RequestError, nearest
 from faithmap.explaining import describe, guarded
 from faithmap.fitting import Fit
-from faithmap.learning_record import circumstances, curve_csv, data_entry
+from faithmap.learning_record import circumstances, counted, curve_csv, data_entry
 from faithmap.models import Model
 from faithmap.parameters import annotated_types, check_type, with_defaults
 from faithmap.records import Sample, digest
@@ -445,5 +445,6 @@ def _record(
         },
         "transform": repr(request.model.transform),
         "params_added": fitting.numbers_used(request.plugin, request.params, tensors),
+        "counts": counted(session.curve, fitting.counts(request.plugin)),
         **circumstances(session, request.model),
     }
