@@ -50,12 +50,13 @@ def data_entry(
 
 def circumstances(session: Session, model: Model) -> dict[str, Any]:
     """Where, when, for how long and with what it was learnt, as a record keeps it."""
-    from faithmap.provenance import checkout, command_line, git_state, library_versions
+    from faithmap.provenance import checkout, command_line, git_state, gpu, library_versions
 
     return {
         "seed": session.seed,
         "precision": session.precision,
         "device": str(model.device),
+        **gpu(model.device),
         "threads": torch.get_num_threads(),
         "steps": len(session.curve),
         "last": session.curve[-1] if session.curve else {},

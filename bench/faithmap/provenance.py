@@ -12,6 +12,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import torch
+
 import faithmap
 from faithmap.data import LoadedDataset, traces
 from faithmap.fitting import Fit
@@ -34,6 +36,13 @@ def library_versions() -> dict[str, str]:
         except PackageNotFoundError:
             versions[name] = "not installed"
     return versions
+
+
+def gpu(device: str | torch.device) -> dict[str, str]:
+    """The card behind a CUDA device and the CUDA that it is spoken to with; nothing for other devices."""
+    if torch.device(device).type != "cuda":
+        return {}
+    return {"gpu": f"{torch.cuda.get_device_name(device)}, CUDA {torch.version.cuda}"}
 
 
 def checkout() -> Path | None:
@@ -193,6 +202,7 @@ def manifest(
         **git_state(checkout()),
         "python": platform.python_version(),
         "platform": f"{platform.system()} {platform.machine()}",
+        **gpu(settings["device"]),
         "libraries": library_versions(),
         "models": {
             model.name: {

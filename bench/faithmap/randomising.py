@@ -97,7 +97,8 @@ def _forget(module: nn.Module, how: str, seed: int) -> None:
     """Take the sense out of a module's own weights."""
     generator = torch.Generator().manual_seed(seed)
     if how == "reinitialised" and callable(reset := getattr(module, "reset_parameters", None)):
-        with torch.random.fork_rng(devices=[]), torch.no_grad():
+        cards = {tensor.device for tensor in module.parameters(recurse=False) if tensor.is_cuda}
+        with torch.random.fork_rng(devices=list(cards)), torch.no_grad():
             torch.manual_seed(seed)
             reset()
         return

@@ -269,17 +269,20 @@ def usable_cores() -> int:
 def resolve_device(name: str) -> str:
     """The device to use: "auto" takes CUDA where it is, else the CPU.
 
-    Apple's devices must be named, as they have no double precision, in which scores are computed.
+    Apple's devices must be named, as they have no double precision, in which scores are computed. On CUDA
+    this process's convolutions are in float32 from now on where they are said to be: PyTorch's own default
+    is TF32, which keeps ten bits of each factor, so that a map would not be the one that a CPU makes.
 
     Raises:
         RequestError: the device asked for is not there.
     """
     if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     if name.startswith("cuda"):
         index = int(name.partition(":")[2] or 0)
         if not torch.cuda.is_available() or index >= torch.cuda.device_count():
             raise RequestError(f"device '{name}' is not there; use --device cpu, or see `faithmap doctor`")
+        torch.backends.cudnn.allow_tf32 = False
     if name == "mps" and not torch.backends.mps.is_available():
         raise RequestError("device 'mps' is not there; use --device cpu, or see `faithmap doctor`")
     return name

@@ -1,8 +1,9 @@
 """What SCAN costs beside Grad-CAM, on ResNet-50 and its full-width decoder, and which layout of it is fast.
 
 The paper has 13.75 ms beside about 6.7 for a CAM (table 5): 2.06 times. That is held on a GPU, where there
-is one. On a CPU the decoder, which works at the image's resolution, weighs more; there the times are told.
-Weights are random: no time depends on them.
+is one, in float32 and with convolutions in TF32, PyTorch's own default there. On a CPU the decoder, which
+works at the image's resolution, weighs more; there the times are told. Weights are random: no time depends on
+them.
 """
 
 from __future__ import annotations
@@ -99,10 +100,16 @@ def forms_of(decoder: Decoder, model: Model, masked: Masked) -> dict[str, Callab
 
 @pytest.mark.slow
 @pytest.mark.benchmark(group="scan")
+@pytest.mark.parametrize("tf32", [False, True])
 @pytest.mark.parametrize("count", [1, 8])
-def test_scan_beside_gradcam(count: int, benchmark: BenchmarkFixture) -> None:
+def test_scan_beside_gradcam(
+    count: int, tf32: bool, benchmark: BenchmarkFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Times of whole calls from a cold context, and of the decoder alone in each of its forms."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if tf32 and device.type == "cpu":
+        pytest.skip("TF32 is CUDA's")
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", tf32)
     model = faithmap.load_model("timm/resnet50", pretrained=False).to(device)
     images = torch.rand(count, 3, *model.input_size, generator=torch.Generator().manual_seed(0)).to(device)
     decoder, layout = make_decoder(model), layout_of(model, None)
@@ -136,6 +143,8 @@ def test_scan_beside_gradcam(count: int, benchmark: BenchmarkFixture) -> None:
     rho = float(spearmanr(maps["bf16"].ravel(), maps["plain"].ravel()).statistic)
     told = {
         "images": count,
+        "tf32": tf32,
+        "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
         "ms_per_image": {name: 1000 * value / count for name, value in whole.items()},
         "decoder_ms_per_image": {name: 1000 * value / count for name, value in parts.items()},
         "decoder_share": 1 - whole["analysis"] / whole["scan"],
@@ -152,7 +161,7 @@ def test_scan_beside_gradcam(count: int, benchmark: BenchmarkFixture) -> None:
     benchmark.pedantic(lambda: scan(model, batch_of(model, images)), rounds=1)
     print(benchmark.extra_info)
     assert np.ptp(maps["plain"]) > 0.01, "the map must vary, or agreement says nothing"
-    assert max(moved.values()) < MOST_MOVED, told
+    assert tf32 or max(moved.values()) < MOST_MOVED, told
     assert rho > LEAST_RHO, told
     if device.type == "cuda" and count == 1:
         assert told["ratio_to_pytorch_grad_cam"]["folded"] <= MOST_RATIO, told  # type: ignore[index]

@@ -90,9 +90,10 @@ def test_no_peer_is_faster(name: str, benchmark: BenchmarkFixture) -> None:
     Forwards are counted beside the times: channels that are dead cost us nothing.
     """
     params, count = CASES[name]
-    model = faithmap.load_model(name, **params)
-    images = torch.rand(count, 3, *model.input_size, generator=torch.Generator().manual_seed(0))
-    targets = torch.arange(count)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model = faithmap.load_model(name, **params).to(device)
+    images = torch.rand(count, 3, *model.input_size, generator=torch.Generator().manual_seed(0)).to(device)
+    targets = torch.arange(count, device=device)
     racing = contestants()
     times: dict[str, list[float]] = {contestant: [] for contestant in racing}
     forwards = {}
@@ -101,6 +102,8 @@ def test_no_peer_is_faster(name: str, benchmark: BenchmarkFixture) -> None:
             with model.counting() as meter:
                 start = time.perf_counter()
                 call(model, images, targets)
+                if device.type == "cuda":
+                    torch.cuda.synchronize(device)
                 spent = time.perf_counter() - start
             forwards[contestant] = meter.forwards
             if turn:  # the first one warms up

@@ -170,12 +170,13 @@ def _fits(manifest: Mapping[str, Any]) -> list[str]:
             data, options = record.get("data", {}), record.get("options", {})
             given = {**data.get("params", {}), "part": data.get("part"), "limit": data.get("limit")}
             settings = {**given, **options}.items()
+            where = record.get("gpu", record.get("device"))
             told = ", ".join(f"{key} {_shown(value)}" for key, value in settings if value is not None)
             lines.append(
                 f"- **fit** of `{plain(name)}` to `{plain(model)}`: `{fit['key']}` (tensors "
                 f"`{fit['digest']}`), {told_images(fit['fit_images'], data.get('seen'))} of "
                 f"`{plain(str(data.get('dataset')))}`, {told}, seed {record.get('seed')}, "
-                f"{record.get('precision')}, {fit['fit_seconds']:.0f} s on {record.get('device')}"
+                f"{record.get('precision')}, {fit['fit_seconds']:.0f} s on {where}"
             )
     return lines
 
@@ -196,7 +197,7 @@ def _settings(manifest: Mapping[str, Any]) -> list[str]:
 
 def _machine(manifest: Mapping[str, Any]) -> list[str]:
     names = {"device": "device", "threads": "threads", "batch_size": "batch size", "python": "Python",
-             "platform": "platform", "created": "created"}  # fmt: skip
+             "platform": "platform", "gpu": "GPU", "created": "created"}  # fmt: skip
     said = [
         f"{title} {_shown(manifest[name])}" for name, title in names.items() if manifest.get(name) is not None
     ]
