@@ -111,6 +111,8 @@ def _weighted(
     space: str,
 ) -> Tensor:
     """sum_k alpha_k H_k, or sum_k alpha_k up(A^k), (B, H, W). Every mask is made once."""
+    import torch
+
     from faithmap.cam import blank_scores, masked_scores
     from faithmap.resize import upsample
 
@@ -120,10 +122,9 @@ def _weighted(
     maps = features.new_zeros(len(batch), *batch.size)
 
     def add(images: Tensor, masks: Tensor, scores: Tensor) -> None:
-        positions, counts = images.unique_consecutive(return_counts=True)
-        for i, some, found in zip(
-            positions.tolist(), masks.split(counts.tolist()), scores.split(counts.tolist()), strict=True
-        ):
+        # One wait for the device.
+        positions, counts = torch.stack(images.unique_consecutive(return_counts=True)).tolist()
+        for i, some, found in zip(positions, masks.split(counts), scores.split(counts), strict=True):
             # A plane a row: a product of matrices, image by image, so that none leaks into another.
             maps[i] += ((found - level[i]) @ some.flatten(1)).view(batch.size)
 

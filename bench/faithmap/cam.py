@@ -168,6 +168,8 @@ def _alike(constant: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         kind (n,).
     """
     flat = (~constant.isnan() & (constant != 0)).nonzero()
+    if not len(flat):  # as a rule: what follows costs a GPU more than a chunk of masks
+        return flat, flat, flat[:, 0]
     keys = torch.stack([flat[:, 0].to(constant.dtype), constant[flat.unbind(1)]], 1)
     kinds, kind = keys.unique(dim=0, return_inverse=True)
     places = torch.arange(len(flat), device=flat.device)
