@@ -75,7 +75,8 @@ def why_undefined(
     facts = plugin.facts
     if facts.families and model.family not in facts.families:
         return f"defined for {', '.join(sorted(facts.families))}, not for {model.family}"
-    return _reason(facts.defined_for, model, params or plugin.parameters) or lacking(facts.needs, gives)
+    with full_float32():  # some try whether a sum is exact
+        return _reason(facts.defined_for, model, params or plugin.parameters) or lacking(facts.needs, gives)
 
 
 def _reason(asked: Callable[..., str | None] | None, model: Model, params: Mapping[str, Any]) -> str | None:
@@ -329,14 +330,42 @@ def _merge(parts: list[MapSet]) -> MapSet:
 
 
 @contextmanager
+def full_float32() -> Any:
+    """Within a block, convolutions of float32 numbers are in float32 on CUDA too.
+
+    PyTorch's own default there is TF32, which keeps ten bits of each factor: maps would not be those that a
+    CPU makes, and sums that are exact would not look it.
+    """
+    cudnn: Any = torch.backends.cudnn
+    try:
+        before = cudnn.allow_tf32
+    except RuntimeError:  # a user has set convolutions alone, after which PyTorch refuses to read this switch
+        before = None
+        alone, cudnn.conv.fp32_precision = cudnn.conv.fp32_precision, "ieee"
+    else:
+        cudnn.allow_tf32 = False
+    try:
+        yield
+    finally:
+        if before is None:
+            cudnn.conv.fp32_precision = alone
+        else:
+            cudnn.allow_tf32 = before
+
+
+@contextmanager
 def guarded(model: Model) -> Any:
-    """Keep a model as it was: evaluation flags, `requires_grad`, gradients, and its hooks."""
+    """Keep a model as it was: evaluation flags, `requires_grad`, gradients, and its hooks.
+
+    What is computed meanwhile is in the precision that is said, as in `full_float32`.
+    """
     flags = [(module, module.training) for module in model.modules() if module.training]
     model.eval()
     hooks = {module: _hook_keys(module) for module in model.modules()}
     parameters = [(parameter, parameter.requires_grad, parameter.grad) for parameter in model.parameters()]
     try:
-        yield
+        with full_float32():
+            yield
     finally:
         for module, before in hooks.items():
             for kind, keys in before.items():

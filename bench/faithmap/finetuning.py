@@ -23,7 +23,7 @@ from faithmap.batch import seed_of
 from faithmap.config import located
 from faithmap.data import LoadedDataset, traces
 from faithmap.errors import FaithmapError, RequestError
-from faithmap.explaining import describe
+from faithmap.explaining import describe, full_float32
 from faithmap.fitting import Fit
 from faithmap.heads import Head, find_head, logits_of, put_head
 from faithmap.kept_features import Kept, keep
@@ -188,7 +188,7 @@ def finetune(
         FaithmapError: it failed, or ended in NaN.
     """
     file, watcher = request.file, watcher or Silent()
-    with making(file, "see that it can be written to"):
+    with making(file, "see that it can be written to"), full_float32():
         if file.is_file() and not fresh:
             made = tuned.read(file)
         else:

@@ -18,6 +18,7 @@ from faithmap.config import Config, load_config
 from faithmap.data import check_labels, check_target, shards
 from faithmap.engine import Observer, Silent, check_engine, run_local
 from faithmap.errors import RequestError
+from faithmap.explaining import full_float32
 from faithmap.folders import IMAGES, read_run
 from faithmap.map_library import MapLibrary
 from faithmap.models import Model
@@ -111,7 +112,7 @@ def run(
             check_target(grid.config.run.target, dataset, samples)
     store = RunStore(out or default_folder(grid))
     store.create()
-    with store.locked():
+    with store.locked(), full_float32():
         told = observer or Silent()
         grid, failed_fits = fit_wanted(grid, told)
         done = _run_locked(grid, store, told, fresh, figures, save_maps)
@@ -269,20 +270,17 @@ def usable_cores() -> int:
 def resolve_device(name: str) -> str:
     """The device to use: "auto" takes CUDA where it is, else the CPU.
 
-    Apple's devices must be named, as they have no double precision, in which scores are computed. On CUDA
-    this process's convolutions are in float32 from now on where they are said to be: PyTorch's own default
-    is TF32, which keeps ten bits of each factor, so that a map would not be the one that a CPU makes.
+    Apple's devices must be named, as they have no double precision, in which scores are computed.
 
     Raises:
         RequestError: the device asked for is not there.
     """
     if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
+        return "cuda" if torch.cuda.is_available() else "cpu"
     if name.startswith("cuda"):
         index = int(name.partition(":")[2] or 0)
         if not torch.cuda.is_available() or index >= torch.cuda.device_count():
             raise RequestError(f"device '{name}' is not there; use --device cpu, or see `faithmap doctor`")
-        torch.backends.cudnn.allow_tf32 = False
     if name == "mps" and not torch.backends.mps.is_available():
         raise RequestError("device 'mps' is not there; use --device cpu, or see `faithmap doctor`")
     return name
