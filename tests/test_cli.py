@@ -11,10 +11,13 @@ from pathlib import Path
 import PIL.Image
 import pytest
 from rich.console import Console
+from torch import Tensor
 
 import faithmap
 from faithmap import cli, registry
+from faithmap.batch import Batch
 from faithmap.config import load_config
+from faithmap.models import Model
 
 
 @pytest.fixture
@@ -183,6 +186,26 @@ def test_explain_draws_a_figure(photo: Path, typed) -> None:  # type: ignore[no-
     assert code == 0, shown
     with PIL.Image.open(out) as figure:
         assert figure.width > 2 * figure.height > 100
+
+
+def test_explain_draws_what_it_can(photo: Path, typed) -> None:  # type: ignore[no-untyped-def]
+    """One method that is not defined, and one whose code raises, cost their own panels."""
+
+    @registry.explainer(version=1, source="a test", name="planted")
+    def planted(model: Model, batch: Batch) -> Tensor:
+        """Raises."""
+        raise ValueError("not today")
+
+    out = photo.with_name("maps.png")
+    words = ("--model", "shapes/resnet", "--out", out, "--explainers")
+    code, shown = typed("explain", photo, *words, "oracle,gradcam,planted,centre")
+    assert code == 1, shown
+    assert shown.count("not drawn: explainer") == 2 and "oracle" in shown and "not today" in shown
+    with PIL.Image.open(out) as figure:
+        assert 2 * figure.height < figure.width < 4 * figure.height, "the image and two maps"
+    out.unlink()
+    code, shown = typed("explain", photo, *words, "planted")
+    assert code == 1 and "not today" in shown and not out.exists()
 
 
 @pytest.mark.parametrize(

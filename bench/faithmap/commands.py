@@ -354,7 +354,7 @@ def explain(
     console: Console,
     errors: Console,
 ) -> int:
-    """Write the figure of one image under several explainers; 1 where a reconstruction failed."""
+    """Write the figure of one image under several explainers; 1 where one of them failed."""
     from faithmap import heatmaps
     from faithmap.models import load_model
     from faithmap.registry import get
@@ -397,14 +397,23 @@ def _panels(
     console: Console,
     errors: Console,
 ) -> tuple[list[tuple[str, Tensor]], bool]:
-    """What is drawn of one image (1, 3, H, W), with titles; and whether a reconstruction is missing."""
+    """What is drawn of one image (1, 3, H, W), with titles; and whether something is missing.
+
+    Raises:
+        FaithmapError: nothing can be drawn.
+    """
     from faithmap import api
 
-    panels, failed = [], False
+    panels: list[tuple[str, Tensor]] = []
+    failed: list[FaithmapError] = []
     names = [spec.title for spec in specs]
     for spec in specs:
-        asked = api.ask(network, batch, [target], spec.name, seed, spec.params)
-        maps, notes = asked.maps()
+        try:
+            asked = api.ask(network, batch, [target], spec.name, seed, spec.params)
+            maps, notes = asked.maps()
+        except FaithmapError as error:  # the other panels do not suffer
+            failed.append(error)
+            continue
         # Of one explainer with several settings, the settings tell the panels apart.
         title = spec.title if names.count(spec.title) == 1 else write_spec(spec.name, spec.params)
         panels.append((title.replace("[", "\n[", 1), maps[0]))
@@ -414,7 +423,10 @@ def _panels(
             continue
         try:
             panels.append((f"{title}:\nreconstruction", asked.reconstruction()[0]))
-        except FaithmapError as error:  # the other panels do not suffer
-            failed = True
-            errors.print(f"not drawn: {error}", markup=False, highlight=False, soft_wrap=True)
-    return panels, failed
+        except FaithmapError as error:
+            failed.append(error)
+    if not panels:
+        raise failed[0]
+    for error in failed:
+        errors.print(f"not drawn: {error}", markup=False, highlight=False, soft_wrap=True)
+    return panels, bool(failed)
