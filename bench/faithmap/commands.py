@@ -427,6 +427,6 @@ def _panels(
             failed.append(error)
     if not panels:
         raise failed[0]
-    for error in failed:
-        errors.print(f"not drawn: {error}", markup=False, highlight=False, soft_wrap=True)
+    for reason in failed:
+        errors.print(f"not drawn: {reason}", markup=False, highlight=False, soft_wrap=True)
     return panels, bool(failed)
