@@ -135,6 +135,17 @@ def toy_fitted() -> Iterator[None]:
 
 
 @pytest.fixture
+def own_plugins() -> Iterator[None]:
+    """Plugins that a test registers are gone behind it."""
+    for kind in registry.KINDS:
+        registry.plugins(kind)
+    before = dict(registry._plugins)
+    yield
+    registry._plugins.clear()
+    registry._plugins.update(before)
+
+
+@pytest.fixture
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder of fits of the test's own."""
     monkeypatch.setenv(fitting.HOME_VARIABLE, str(tmp_path / "home"))

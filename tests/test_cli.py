@@ -188,6 +188,7 @@ def test_explain_draws_a_figure(photo: Path, typed) -> None:  # type: ignore[no-
         assert figure.width > 2 * figure.height > 100
 
 
+@pytest.mark.usefixtures("own_plugins")
 def test_explain_draws_what_it_can(photo: Path, typed) -> None:  # type: ignore[no-untyped-def]
     """One method that is not defined, and one whose code raises, cost their own panels."""
 

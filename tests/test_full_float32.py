@@ -55,6 +55,7 @@ def test_a_switch_for_convolutions_alone_is_kept(before: str, read: str) -> None
     assert within in ("ieee", "none") and (after, older) == (before, read)
 
 
+@pytest.mark.usefixtures("own_plugins")
 def test_maps_and_trials_of_a_model_are_made_within(
     model: Model, batch: Batch, monkeypatch: pytest.MonkeyPatch
 ) -> None:
