@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -134,15 +135,24 @@ def toy_fitted() -> Iterator[None]:
         yield
 
 
+@contextmanager
+def plugins_restored() -> Iterator[None]:
+    """Plugins that are registered within the block are forgotten behind it."""
+    for kind in registry.KINDS:
+        registry.plugins(kind)  # found before the register is put back, or they are lost
+    before = dict(registry._plugins)
+    try:
+        yield
+    finally:
+        registry._plugins.clear()
+        registry._plugins.update(before)
+
+
 @pytest.fixture
 def own_plugins() -> Iterator[None]:
-    """Plugins that a test registers are gone behind it."""
-    for kind in registry.KINDS:
-        registry.plugins(kind)
-    before = dict(registry._plugins)
-    yield
-    registry._plugins.clear()
-    registry._plugins.update(before)
+    """Forget what a test registers."""
+    with plugins_restored():
+        yield
 
 
 @pytest.fixture

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from conftest import plugins_restored
 from rich.console import Console
 
 from faithmap import cli, registry, training
@@ -23,18 +24,13 @@ _ENTRIES: dict[Any, registry.Plugin] = {}
 @contextmanager
 def toy_registered() -> Iterator[None]:
     """The toy, and what a test registers besides, are known within the block."""
-    for kind in registry.KINDS:
-        registry.plugins(kind)
-    before = dict(registry._plugins)
-    if not _ENTRIES:
-        registry.load_file(TOY)
-        _ENTRIES.update({key: found for key, found in registry._plugins.items() if key not in before})
-    registry._plugins.update(_ENTRIES)
-    try:
+    with plugins_restored():
+        if not _ENTRIES:
+            before = set(registry._plugins)
+            registry.load_file(TOY)
+            _ENTRIES.update({key: found for key, found in registry._plugins.items() if key not in before})
+        registry._plugins.update(_ENTRIES)
         yield
-    finally:
-        registry._plugins.clear()
-        registry._plugins.update(before)
 
 
 def toy() -> registry.Plugin:

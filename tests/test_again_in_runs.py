@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,21 +20,14 @@ NAMED = ["max-sensitivity", "class-gap", "grid-pointing"]
 
 
 @pytest.fixture(autouse=True)
-def hues() -> Iterator[None]:
+def hues(own_plugins: None) -> None:
     """A dataset of fifty plain images, known while a test runs."""
-    for kind in registry.KINDS:
-        registry.plugins(kind)
-    before = dict(registry._plugins)
 
     @registry.dataset(version=1, source="a test", license="CC0", revision="1")
     def hues() -> list[Sample]:
         """Images of one colour each."""
         images, labels = hue_images(50)
         return [Sample(f"hue-{i}", images[i], int(labels[i])) for i in range(50)]
-
-    yield
-    registry._plugins.clear()
-    registry._plugins.update(before)
 
 
 def config(limit: int, **run: Any) -> dict[str, Any]:

@@ -31,15 +31,11 @@ def nothing():
 
 
 @pytest.fixture(autouse=True)
-def restored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def restored(own_plugins: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Work in a folder of one's own, and forget what a test registers."""
     monkeypatch.chdir(tmp_path)
-    for kind in registry.KINDS:
-        registry.plugins(kind)
-    before, broken = dict(registry._plugins), {kind: dict(registry._broken[kind]) for kind in registry.KINDS}
+    broken = {kind: dict(registry._broken[kind]) for kind in registry.KINDS}
     yield
-    registry._plugins.clear()
-    registry._plugins.update(before)
     registry._broken.update(broken)
 
 

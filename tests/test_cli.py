@@ -77,6 +77,7 @@ def test_lists_are_generated(kind: str, typed, capsys: pytest.CaptureFixture[str
         assert shown.split().count("Has") == len(named)  # "Has to be named.", wherever the line breaks
 
 
+@pytest.mark.usefixtures("own_plugins")
 def test_the_list_of_explainers_carries_their_facts(
     capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
@@ -86,14 +87,7 @@ def test_the_list_of_explainers_carries_their_facts(
         "@explainer(version=1, source='nobody', forwards=lambda model, params: 1 / 0, backwards=2)\n"
         'def careless(model, batch):\n    """No map."""\n'
     )
-    for kind in registry.KINDS:
-        registry.plugins(kind)  # found before the register is put back, or they are lost
-    before = dict(registry._plugins)
-    try:
-        assert cli.main(["list", "explainers", "--json", "--plugin", str(file)]) == 0
-    finally:
-        registry._plugins.clear()
-        registry._plugins.update(before)
+    assert cli.main(["list", "explainers", "--json", "--plugin", str(file)]) == 0
     found = {entry["name"]: entry for entry in json.loads(capsys.readouterr().out)}
     rise, fullgrad, oracle, careless = (found[n] for n in ("rise", "fullgrad", "oracle", "careless"))
     both = ("shapes/resnet", "shapes/vit")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Iterator
 from dataclasses import FrozenInstanceError
 from pathlib import Path
 
@@ -31,15 +30,7 @@ def leaky(model, batch):
 '''
 
 
-@pytest.fixture(autouse=True)
-def restored() -> Iterator[None]:
-    """Forget what a test registers."""
-    for kind in registry.KINDS:
-        registry.plugins(kind)
-    before = dict(registry._plugins)
-    yield
-    registry._plugins.clear()
-    registry._plugins.update(before)
+pytestmark = pytest.mark.usefixtures("own_plugins")
 
 
 @pytest.fixture

@@ -18,15 +18,13 @@ Listing = Callable[[], Any]
 CALLS: list[int] = []
 
 
+pytestmark = pytest.mark.usefixtures("own_plugins")
+
+
 @pytest.fixture(autouse=True)
 def restored() -> Iterator[None]:
-    """Forget what a test registers."""
-    for kind in registry.KINDS:
-        registry.plugins(kind)
-    before = dict(registry._plugins)
+    """Forget what a test calls."""
     yield
-    registry._plugins.clear()
-    registry._plugins.update(before)
     CALLS.clear()
 
 

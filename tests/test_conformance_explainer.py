@@ -23,15 +23,13 @@ KEPT: list[Tensor] = []
 STREAM = torch.Generator()
 
 
+pytestmark = pytest.mark.usefixtures("own_plugins")
+
+
 @pytest.fixture(autouse=True)
 def restored() -> Iterator[None]:
-    """Forget what a test registers and keeps."""
-    for kind in registry.KINDS:
-        registry.plugins(kind)
-    before = dict(registry._plugins)
+    """Forget what a test keeps."""
     yield
-    registry._plugins.clear()
-    registry._plugins.update(before)
     KEPT.clear()
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -21,15 +21,7 @@ Score = Callable[[Model, Batch, Tensor], Any]
 STREAM = torch.Generator()
 
 
-@pytest.fixture(autouse=True)
-def restored() -> Iterator[None]:
-    """Forget what a test registers."""
-    for kind in registry.KINDS:
-        registry.plugins(kind)
-    before = dict(registry._plugins)
-    yield
-    registry._plugins.clear()
-    registry._plugins.update(before)
+pytestmark = pytest.mark.usefixtures("own_plugins")
 
 
 def inside(model: Model, batch: Batch, maps: Tensor) -> dict[str, Scored]:

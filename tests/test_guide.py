@@ -7,7 +7,6 @@ import re
 import shlex
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -89,18 +88,9 @@ def test_the_method_of_the_guide_forgets_clone_as_it_says(tmp_path: Path) -> Non
     assert "check_inputs on shapes/resnet: batch.images" in done.stdout
 
 
+@pytest.mark.usefixtures("own_plugins")
 class TestPlugins:
     """The examples of the reference keep the promises that it lists."""
-
-    @pytest.fixture(autouse=True)
-    def restored(self) -> Iterator[None]:
-        """Forget what a test registers."""
-        for kind in registry.KINDS:
-            registry.plugins(kind)
-        before = dict(registry._plugins)
-        yield
-        registry._plugins.clear()
-        registry._plugins.update(before)
 
     def load(self, folder: Path, function: str, page: Path = PLUGINS) -> registry.Plugin:
         """Load the example that defines a function."""

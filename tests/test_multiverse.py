@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -34,11 +33,8 @@ def noise_images() -> torch.Tensor:
 
 
 @pytest.fixture(autouse=True)
-def plugins(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def plugins(own_plugins: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two datasets are known, and images explained are counted, while a test runs."""
-    for kind in registry.KINDS:
-        registry.plugins(kind)
-    before = dict(registry._plugins)
 
     def counting(call: Any, network: Model, batch: Batch) -> MapSet:
         EXPLAINED.append(len(batch))
@@ -56,10 +52,6 @@ def plugins(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     def unlabelled() -> list[Sample]:
         """The same without labels."""
         return [Sample(f"n-{i}", image) for i, image in enumerate(noise_images())]
-
-    yield
-    registry._plugins.clear()
-    registry._plugins.update(before)
 
 
 def model() -> Model:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -63,17 +62,11 @@ def models() -> dict[str, Model]:
 
 
 @pytest.fixture
-def yours(tmp_path: Path) -> Iterator[Path]:
+def yours(tmp_path: Path, own_plugins: None) -> Path:
     """A file with explainers of somebody else, forgotten afterwards."""
-    registry.plugins("explainer")
-    for kind in registry.KINDS:
-        registry.plugins(kind)  # found before the register is put back, or they are lost
-    before = dict(registry._plugins)
     file = tmp_path / "yours.py"
     file.write_text(YOURS, encoding="utf-8")
-    yield file
-    registry._plugins.clear()
-    registry._plugins.update(before)
+    return file
 
 
 def without_measured_numbers(text: str) -> str:

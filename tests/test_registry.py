@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -13,16 +12,7 @@ from faithmap import registry
 from faithmap.errors import PluginError, RequestError
 from faithmap.parameters import annotated_types
 
-
-@pytest.fixture(autouse=True)
-def restored() -> Iterator[None]:
-    """Forget what a test registers."""
-    for kind in registry.KINDS:
-        registry.plugins(kind)
-    before = dict(registry._plugins)
-    yield
-    registry._plugins.clear()
-    registry._plugins.update(before)
+pytestmark = pytest.mark.usefixtures("own_plugins")
 
 
 def test_every_room_loads() -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -49,15 +48,7 @@ class Told(Silent):
         self.checked_plugins.append((plugin, failed))
 
 
-@pytest.fixture(autouse=True)
-def restored() -> Iterator[None]:
-    """Forget what a test registers."""
-    for kind in registry.KINDS:
-        registry.plugins(kind)
-    before = dict(registry._plugins)
-    yield
-    registry._plugins.clear()
-    registry._plugins.update(before)
+pytestmark = pytest.mark.usefixtures("own_plugins")
 
 
 def load(folder: Path, name: str, text: str) -> None:

@@ -9,7 +9,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -95,19 +94,14 @@ name = "random"
 
 
 @pytest.fixture
-def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, own_plugins: None) -> Path:
     """A folder with a dataset, a network and a request; what it registers is forgotten again."""
     (tmp_path / "squares.py").write_text(DATASET)
     (tmp_path / "net.py").write_text(NETWORK)
     (tmp_path / "small.toml").write_text(CONFIG.format(limit=12))
     monkeypatch.chdir(tmp_path)
-    for kind in registry.KINDS:
-        registry.plugins(kind)
-    before = dict(registry._plugins)
     registry.load_file(tmp_path / "squares.py")
-    yield tmp_path
-    registry._plugins.clear()
-    registry._plugins.update(before)
+    return tmp_path
 
 
 def command(*words: str, place: Path) -> list[str]:

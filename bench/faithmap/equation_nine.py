@@ -23,6 +23,7 @@ from torch import Tensor
 
 from faithmap.config import load_config
 from faithmap.errors import DataError, FaithmapError, RequestError
+from faithmap.explaining import guarded
 from faithmap.reconstruction import blurred_target, over_cells, target_area
 from faithmap.report._format import code, table
 from faithmap.stats import Estimate, bca, rank_correlation
@@ -141,7 +142,8 @@ def _images(
 
 
 def _of_batch(method: Any, model: Model, batch: Batch) -> tuple[list[dict[str, float]], Tensor]:
-    decoded, masked = method.decode(model, batch)
+    with guarded(model):
+        decoded, masked = method.decode(model, batch)
     batch.context.release()
     grid = masked.layout.grid
     target = blurred_target(batch.images.float(), grid, method.blur)
