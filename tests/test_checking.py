@@ -62,7 +62,7 @@ class TestCheck:
         assert lines[1].split() == ["check", "shapes/resnet"]
         for name in conformance.check_names("explainer"):
             assert (name in shown) == (
-                name not in ("check_tried", "check_memory", "check_fit", "check_resume")
+                name not in ("check_tried", "check_memory", "check_fit", "check_resume", "check_reconstruct")
             )
         assert "skipped check_interruption on shapes/resnet: passes no image" in shown
         assert "1 plugin, 17 passed, 1 skipped" in lines[-1]

@@ -111,3 +111,76 @@ def test_the_kit_finds_a_bad_fit(method: type, check: str, words: str) -> None:
     found = {result.check: result.message for result in results if result.status == "failed"}
     assert set(found) == {check}, found
     assert words in found[check]
+
+
+class Clear:
+    """A method that gives the images back as they were."""
+
+    def __call__(self, model: Model, batch: Any) -> torch.Tensor:
+        """Brightness."""
+        return batch.images.mean(1)
+
+    def reconstruct(self, model: Model, batch: Any) -> torch.Tensor:
+        """The images."""
+        return batch.images.clone()
+
+
+class Loud(Clear):
+    """A method whose reconstruction leaves the range."""
+
+    def reconstruct(self, model: Model, batch: Any) -> torch.Tensor:
+        """Twice the images."""
+        return 2 * batch.images + 0.1
+
+
+class Sociable(Clear):
+    """A method that looks at the whole batch."""
+
+    def reconstruct(self, model: Model, batch: Any) -> torch.Tensor:
+        """The batch's mean image, for all."""
+        return batch.images.mean(0, keepdim=True).expand_as(batch.images)
+
+
+class Moody(Clear):
+    """A method that draws from its own stream."""
+
+    def reconstruct(self, model: Model, batch: Any) -> torch.Tensor:
+        """Noise."""
+        return torch.rand(batch.images.shape, generator=STREAM)
+
+
+class Untidy(Clear):
+    """A method that writes to what it is given."""
+
+    def reconstruct(self, model: Model, batch: Any) -> torch.Tensor:
+        """The images, brightened in place."""
+        return batch.images.mul_(0.5).clone()
+
+
+class Broken(Clear):
+    """A method that fails."""
+
+    def reconstruct(self, model: Model, batch: Any) -> torch.Tensor:
+        """Never."""
+        raise ValueError("no colours")
+
+
+@pytest.mark.parametrize(
+    ("method", "words"),
+    [
+        (Clear, ""),
+        (Loud, "returned values from"),
+        (Sociable, "in a batch of 3 and alone"),
+        (Moody, "two calls of its reconstruct"),
+        (Untidy, "its reconstruct changes inputs (images)"),
+        (Broken, "its reconstruct raises ValueError: no colours"),
+    ],
+)
+def test_reconstructions_are_tried(method: type, words: str) -> None:
+    facts = {"forwards": 0, "backwards": 0, "class_specific": False}
+    registry.explainer(version=1, source="a test", name=f"planted-{method.__name__}", **facts)(method)
+    results = conformance.check_explainer(f"planted-{method.__name__}", {"cnn": make_cnn}, slow=False)
+    found = {result.check: result.message for result in results if result.status == "failed"}
+    assert "check_reconstruct" in {result.check for result in results}
+    assert set(found) == ({"check_reconstruct"} if words else set()), found
+    assert words in found.get("check_reconstruct", "")

@@ -23,6 +23,7 @@ from faithmap._checks import (
     tripwire,
 )
 from faithmap._checks_fit import check_fit, check_fit_facts, check_resume
+from faithmap._checks_reconstruct import check_reconstruct
 from faithmap._trial import (
     IMAGES,
     Trial,
@@ -446,5 +447,7 @@ MODEL_CHECKS: tuple[Check, ...] = (
 )  # fmt: skip
 #: Asked on every model of explainers that are fitted first.
 FIT_CHECKS: tuple[Check, ...] = (check_fit, check_resume)
+#: Asked on every model of explainers that give a reconstruction beside their maps.
+RECONSTRUCTION_CHECKS: tuple[Check, ...] = (check_reconstruct,)
 #: Those that take long.
 SLOW_CHECKS: tuple[Check, ...] = (check_memory,)

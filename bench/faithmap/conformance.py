@@ -31,7 +31,7 @@ from faithmap import _checks_dataset, _checks_explainer, _checks_metric, registr
 from faithmap._checks import DEFAULT_MODELS, CheckError, CheckSkipped, ModelSource, isolated, named_sources
 from faithmap._trial import Trial
 from faithmap.errors import RequestError, nearest
-from faithmap.explaining import describe
+from faithmap.explaining import describe, reconstructs
 from faithmap.records import Kind
 from faithmap.registry import Plugin
 
@@ -215,7 +215,7 @@ def _checks(kind: Kind) -> list[Callable[[Any], str | None]]:
     if kind == "explainer":
         return [
             *_checks_explainer.PLUGIN_CHECKS, *_checks_explainer.ZOO_CHECKS, *_checks_explainer.FIT_CHECKS,
-            *_checks_explainer.MODEL_CHECKS,
+            *_checks_explainer.RECONSTRUCTION_CHECKS, *_checks_explainer.MODEL_CHECKS,
         ]  # fmt: skip
     return [*(_checks_metric.CHECKS if kind == "metric" else _checks_dataset.CHECKS)]
 
@@ -278,6 +278,8 @@ def _trials(
         whole_checks += _checks_explainer.ZOO_CHECKS
     trials: list[tuple[str, Any, Sequence[Callable[[Any], str | None]]]] = [("", whole, whole_checks)]
     checks = _checks_explainer.MODEL_CHECKS
+    if reconstructs(plugin):
+        checks = _checks_explainer.RECONSTRUCTION_CHECKS + checks
     if plugin.fits:
         checks = _checks_explainer.FIT_CHECKS + checks
     for name, source in sources.items():
