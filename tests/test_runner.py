@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,8 +21,9 @@ from conftest import make_cnn, make_vit
 
 import faithmap
 from faithmap import registry, runner
-from faithmap.config import load_config
+from faithmap.config import Config, load_config
 from faithmap.errors import RequestError
+from faithmap.plan import Task, make_grid, plan_tasks
 from faithmap.store import KEY_COLUMNS
 
 TIMED = r"ms_|peak_mb"
@@ -421,6 +423,39 @@ def test_the_dry_run_writes_nothing(place: Path) -> None:
     assert not (place / "run").exists() and not (place / "runs").exists()
 
 
+def test_the_dry_run_leaves_out_what_is_stored(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from faithmap.estimate import estimate
+
+    monkeypatch.chdir(place)
+    config = load_config("small.toml")
+    whole = estimate(config, "run")
+    faithmap.run(config, out="run", figures=False)
+    before = {file: file.read_bytes() for file in Path("run").rglob("*") if file.is_file()}
+    done = estimate(config, "run")
+    assert (done.stored, done.forwards, done.seconds) == (whole.units, 0, 0)
+    assert done.units == whole.units and whole.stored == 0
+    assert estimate(config, "run", fresh=True).forwards == whole.forwards
+    # One explainer's rows are lost: it alone is due, with its moved maps.
+    lost = {task.cell.key for task in tasks_of(config) if task.plugin.name == "gradcam"}
+    for key in lost:
+        shutil.rmtree(Path("run") / "rows" / key)
+    left = estimate(config, "run")
+    assert left.units - left.stored == len(lost) * whole.units // len(tasks_of(config))
+    assert 0 < left.forwards < whole.forwards
+    said = call("small.toml", "--dry-run", "--out", "run", place=place).stdout
+    assert f"{left.stored} of them stored already; for the others about {left.forwards:,.0f} images" in said
+    for file, content in before.items():
+        assert file.parent.name in lost or file.read_bytes() == content
+    with pytest.raises(RequestError, match="holds a run of seed = 0, asked for 5"):
+        estimate(config.with_run(seed=5), "run")
+
+
+def tasks_of(config: Config) -> list[Task]:
+    grid = make_grid(config)
+    ((dataset, _),) = grid.datasets
+    return plan_tasks(grid, grid.models[0], dataset)
+
+
 def test_the_manifest_says_what_a_row_depends_on(place: Path) -> None:
     done = faithmap.run(load_config(place / "small.toml").with_run(limit=4), out=place / "run", figures=False)
     manifest = json.loads((done.path / "manifest.json").read_text())
@@ -439,7 +474,6 @@ def test_the_manifest_says_what_a_row_depends_on(place: Path) -> None:
 
 def test_a_file_named_by_an_explainer_is_keyed_by_content(place: Path) -> None:
     from faithmap.bottleneck import fit_statistics
-    from faithmap.plan import make_grid, plan_tasks
 
     model = make_cnn()
 

@@ -161,7 +161,7 @@ def run(
         variants=variants,
     )  # fmt: skip
     if dry_run:
-        _exit(commands.dry_run(config, OUT))
+        _exit(commands.dry_run(config, OUT, out=out, fresh=fresh))
     _exit(commands.run(config, OUT, ERR, out=out, engine=engine, fresh=fresh, save_maps=save_maps))
 
 

@@ -84,16 +84,24 @@ def run(
     return print_failures(done.path, errors) or int(bool(done.failed_fits))
 
 
-def dry_run(config: Config, console: Console) -> int:
-    """Say what a run would compute, with times measured on two images."""
+def dry_run(config: Config, console: Console, *, out: Path | None = None, fresh: bool = False) -> int:
+    """Say what a run would compute, with times measured on two images.
+
+    Args:
+        config: the request.
+        console: where the answer goes.
+        out: the run's folder, as for `run`; what it holds is not computed again.
+        fresh: what it holds would be dropped.
+    """
     from faithmap import progress
     from faithmap.estimate import estimate
 
-    plan = estimate(config)
+    plan = estimate(config, out, fresh=fresh)
     for line in plan.lines:
         console.print(line, markup=False, highlight=False, soft_wrap=True)
+    already = f"{plan.stored} of them stored already; for the others " if plan.stored else ""
     console.print(
-        f"in all {plan.units} units, about {plan.forwards:,.0f} images forwarded, "
+        f"in all {plan.units} units, {already}about {plan.forwards:,.0f} images forwarded, "
         f"{progress.clock(plan.seconds)} (measured on two images of each model and dataset)",
         highlight=False,
         soft_wrap=True,

@@ -1,8 +1,10 @@
-"""`--dry-run`: what a run would compute, from two images run for real and thrown away."""
+"""`--dry-run`: what a run has still to compute, from two images run for real and thrown away."""
 
 from __future__ import annotations
 
 import time
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -11,28 +13,40 @@ from faithmap import multiverse
 from faithmap.config import Config
 from faithmap.data import check_labels
 from faithmap.map_library import MapLibrary
-from faithmap.plan import Grid, make_grid
+from faithmap.plan import Grid, Task, default_folder, identity, make_grid
 from faithmap.report._format import count
-from faithmap.runner import apply_settings, make_groups, resolve_settings
-from faithmap.units import Group, run_shard
+from faithmap.runner import apply_settings, make_groups, refuse_other_identity, resolve_settings
+from faithmap.store import RunStore
+from faithmap.units import Group, missing_images, run_shard
 
 SAMPLE = 2
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """Units, images forwarded and seconds of a whole run, and a line for each model and dataset."""
+    """What a whole run takes that finds some units stored, and a line for each model and dataset."""
 
     lines: list[str]
+    #: Units in all, and how many of them the run's folder holds.
     units: int
+    stored: int
+    #: Images forwarded and seconds for the others.
     forwards: float
     seconds: float
 
 
-def estimate(config: Config) -> Estimate:
-    """Measure two images of every cell and extrapolate; nothing is written.
+def estimate(config: Config, out: str | Path | None = None, *, fresh: bool = False) -> Estimate:
+    """Measure two images of every cell that lacks rows, and extrapolate; nothing is written.
 
     The cost metric, which times a fixed number of images however many are scored, is left out.
+
+    Args:
+        config: the request.
+        out: the run's folder, whose rows would not be computed again; by default that of `run`.
+        fresh: they would be dropped.
+
+    Raises:
+        RequestError: the request is wrong, or the folder holds a run that it does not go with.
     """
     grid = make_grid(config)
     multiverse.check(grid)
@@ -40,12 +54,18 @@ def estimate(config: Config) -> Estimate:
     for model in grid.models:
         for dataset, samples in grid.datasets:
             check_labels(dataset, samples, model)
-    settings = resolve_settings(grid, None)
+    store = RunStore(out or default_folder(grid))
+    held = None if fresh else store.manifest()
+    if held is not None:
+        refuse_other_identity(held["identity"], identity(grid), store.path)
+    settings = resolve_settings(grid, held)
     apply_settings(grid, settings)
-    total = Estimate(_fits(grid), 0, 0.0, 0.0)
+    total = Estimate(_fits(grid), 0, 0, 0.0, 0.0)
     with TemporaryDirectory() as folder:
         library = MapLibrary(Path(folder)) if config.variants else None
         for group in make_groups(grid, settings, library):
+            if held is not None:
+                group.find_done(store)
             total = _added(total, group)
         if library is not None:
             for universe, groups in multiverse.planned(grid, settings, library):
@@ -58,17 +78,26 @@ def estimate(config: Config) -> Estimate:
 def _added(total: Estimate, group: Group, at_most: str = "") -> Estimate:
     images = sum(len(shard.samples) for shard in group.shards)
     units = len(group.tasks) * len(group.shards)
-    forwards, seconds = _measure(group)
+    lacking = [(shard, task) for shard in group.shards for task in group.pending(shard)]
+    stored = len([task for task in group.tasks if task.metrics]) * len(group.shards) - len(lacking)
+    due: Counter[str] = Counter()
+    for shard, task in lacking:
+        due[task.cell.key] += len(missing_images(group, shard, [task]).samples)
+    costs = _measure(group, [task for task in group.tasks if due[task.cell.key]])
+    forwards, seconds = (sum(due[key] * cost[i] for key, cost in costs.items()) for i in (0, 1))
     said = f" ({group.said})" if group.said else ""
+    already = f", {stored} of them stored" if stored else ""
     line = (
         f"{group.model.name} x {group.dataset}{said}: {at_most}{images} images, {len(group.tasks)} cells, "
-        f"{units} units, {forwards:,.0f} forwards and {1000 * seconds:,.0f} ms an image"
+        f"{units} units{already}, {forwards / images:,.0f} forwards and "
+        f"{1000 * seconds / images:,.0f} ms an image"
     )
     return Estimate(
         [*total.lines, line],
         total.units + units,
-        total.forwards + images * forwards,
-        total.seconds + images * seconds,
+        total.stored + stored,
+        total.forwards + forwards,
+        total.seconds + seconds,
     )
 
 
@@ -89,11 +118,20 @@ def _fits(grid: Grid) -> list[str]:
     return lines
 
 
-def _measure(group: Group) -> tuple[float, float]:
+def _measure(group: Group, tasks: Sequence[Task]) -> dict[str, tuple[float, float]]:
+    """Forwards and seconds an image of some tasks, by the keys of their cells, as if nothing were stored.
+
+    What tasks share, such as reading an image, counts for the first of them.
+    """
+    if not tasks:
+        return {}
     shard = replace(group.shards[0], samples=group.shards[0].samples[:SAMPLE])
+    costs: dict[str, tuple[float, float]] = {}
     with group.model.counting() as meter:
-        started = time.perf_counter()
-        for _ in run_shard(group, shard, group.tasks):
-            pass
-        seconds = time.perf_counter() - started
-    return meter.forwards / len(shard.samples), seconds / len(shard.samples)
+        forwards, started = meter.forwards, time.perf_counter()
+        for unit in run_shard(replace(group, done={}, unreadable=set()), shard, tasks):
+            now = time.perf_counter()
+            spent, taken = meter.forwards - forwards, now - started
+            costs[unit.cell.key] = (spent / len(shard.samples), taken / len(shard.samples))
+            forwards, started = meter.forwards, now
+    return {task.cell.key: costs.get(task.cell.key, (0.0, 0.0)) for task in tasks}

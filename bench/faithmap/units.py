@@ -56,6 +56,10 @@ class Group:
         for task in self.tasks:
             if task.skip:
                 store.drop_other_skips(task.cell.key, task.skip)
+        self.find_done(store)
+
+    def find_done(self, store: RunStore) -> None:
+        """The same, with the store left as it is."""
         self.done = store.done([task.cell.key for task in self.tasks] + [self.read_key])
         self.unreadable = {image for image, spec in self.done.pop(self.read_key) if spec == UNREADABLE}
 
@@ -95,7 +99,7 @@ def run_shard(group: Group, shard: Shard, pending: Sequence[Task]) -> Iterator[U
     once and serve its own cell and the cells of its moved maps.
     """
     seed = group.config.run.seed
-    missing = _missing(group, shard, pending)
+    missing = missing_images(group, shard, pending)
     read, unreadable = read_shard(missing, group.model)
     if unreadable:
         group.unreadable |= unreadable.keys()
@@ -133,7 +137,7 @@ def run_shard(group: Group, shard: Shard, pending: Sequence[Task]) -> Iterator[U
     batch.context.release()
 
 
-def _missing(group: Group, shard: Shard, pending: Sequence[Task]) -> Shard:
+def missing_images(group: Group, shard: Shard, pending: Sequence[Task]) -> Shard:
     """The images of a shard that lack rows: all, but for those a smaller limit has scored already."""
     if any(use.facts.sample is not None for task in pending for use in task.metrics):
         return replace(shard, samples=tuple(s for s in shard.samples if s.id not in group.unreadable))
