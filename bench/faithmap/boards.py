@@ -11,6 +11,7 @@ from rich.console import Console
 from faithmap.errors import RequestError
 from faithmap.folders import publish, read_images, read_run, read_runs
 from faithmap.records import VARIANTS
+from faithmap.sources import timed_alike
 from faithmap.store import LOCK, MANIFEST, RunStore, write_bytes
 
 if TYPE_CHECKING:
@@ -20,8 +21,9 @@ SHOWN_REASONS = 8
 
 
 def rebuild(runs: Sequence[Path], out: Path | None, console: Console) -> int:
-    """Write tables and figures again, into the run's folder or another one."""
-    from faithmap.leaderboard import write_boards
+    """Write tables and figures again, into the run's folder or another one, and print the board in short."""
+    from faithmap.leaderboard import BOARD, read_board, write_boards
+    from faithmap.report.terminal import summary_table
     from faithmap.report.variants import clear_variants, write_variants
 
     if len(runs) > 1 and out is None:
@@ -38,7 +40,12 @@ def rebuild(runs: Sequence[Path], out: Path | None, console: Console) -> int:
         clear_variants(target)
         if len(runs) == 1:  # those of several runs are of other methods and images
             copy_variants(runs[0], target)
-    for file in [*write_boards(rows, manifest, target), *write_variants(target)]:
+    written = [*write_boards(rows, manifest, target), *write_variants(target)]
+    board = read_board(target / BOARD)
+    if not timed_alike(manifest):
+        board["ms_per_image"] = float("nan")
+    console.print(summary_table(board))
+    for file in written:
         console.print(f"wrote {file}", markup=False, highlight=False, soft_wrap=True)
     return 0
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 
 from faithmap.errors import FaithmapError, RequestError
+from faithmap.sources import refuse_other_versions, sources
 from faithmap.store import KEY_COLUMNS, MANIFEST, SCHEMA, RunStore, write_table
 
 if TYPE_CHECKING:
@@ -59,9 +60,11 @@ def read_images(path: Path) -> dict[str, set[str]] | None:
 def read_runs(paths: Sequence[str | Path]) -> tuple[pd.DataFrame, dict[str, Any]]:
     """Rows and one manifest of several runs that may stand on one board.
 
+    Where several runs hold a row, the one named first counts.
+
     Raises:
-        RequestError: two of them differ in seed, precision, map grid, target or weights, or hold
-            other images of one dataset.
+        RequestError: two of them differ in seed, precision, map grid, target or weights, hold other images
+            of one dataset, or mean different things by one explainer's label.
     """
     import pandas as pd
 
@@ -70,6 +73,7 @@ def read_runs(paths: Sequence[str | Path]) -> tuple[pd.DataFrame, dict[str, Any]
     merged: dict[str, Any] = {**first}
     for path, (_, other) in zip(paths[1:], read[1:], strict=True):
         _refuse_mixture(first, other, path)
+        refuse_other_versions(merged["explainers"], other["explainers"], path)
         for key in ("models", "datasets", "explainers"):
             merged[key] = {**merged[key], **{k: v for k, v in other[key].items() if k not in merged[key]}}
         merged["explainers"] = {
@@ -84,6 +88,8 @@ def read_runs(paths: Sequence[str | Path]) -> tuple[pd.DataFrame, dict[str, Any]
         }
         merged["verdicts"] = {**merged.get("verdicts", {}), **other.get("verdicts", {})}
         merged["cells"] = list(dict.fromkeys([*merged["cells"], *other["cells"]]))
+    if len(read) > 1:
+        merged["sources"] = [source for _, manifest in read for source in sources(manifest)]
     _refuse_other_images(paths, [rows for rows, _ in read])
     rows = pd.concat([rows for rows, _ in read], ignore_index=True)
     return rows.drop_duplicates(KEY_COLUMNS).sort_values(

@@ -26,6 +26,7 @@ from faithmap.report import figures as drawing
 from faithmap.report import markdown
 from faithmap.report._format import rank_text, records
 from faithmap.report.comparison import render_comparison
+from faithmap.sources import timed_alike
 from faithmap.standing import (
     Reversal,
     build_lines,
@@ -35,6 +36,8 @@ from faithmap.standing import (
     win_field,
 )
 
+#: The table of a board.
+BOARD = "leaderboard.csv"
 #: The page of a board beside published figures.
 BESIDE = "published.md"
 _COUNTS = ("n", "failed", "empty", "rank", "rank_low", "rank_high")
@@ -153,11 +156,13 @@ def write_boards(
     out = Path(out_dir)
     cells = read_evidence(rows, manifest)
     board = _board(cells)
-    contents: dict[str, bytes] = {"leaderboard.csv": board_csv(board).encode()}
+    contents: dict[str, bytes] = {BOARD: board_csv(board).encode()}
     drawn: dict[str, Callable[[], bytes]] = {}
     if figures:
         for cell in cells:
-            drawn |= drawing.cell_figures(board, cell.curves, cell.model, cell.dataset)
+            drawn |= drawing.cell_figures(
+                board, cell.curves, cell.model, cell.dataset, costs=timed_alike(manifest)
+            )
     contents |= {f"figures/{name}": draw() for name, draw in drawn.items()}
     # Heat maps need images and maps, which a board has not: those that a run has drawn are shown.
     shown = [*drawn, *(file.name for file in sorted((out / "figures").glob("heatmaps-*.png")))]
@@ -179,6 +184,12 @@ def board_csv(board: pd.DataFrame) -> str:
     for line in board.itertuples(index=False, name=None):
         writer.writerow([_csv_field(value) for value in line])
     return text.getvalue()
+
+
+def read_board(file: Path) -> pd.DataFrame:
+    """A board from the CSV that it was written to: the same columns, to four decimals."""
+    board = pd.read_csv(file, keep_default_na=False, na_values=[""], dtype=dict.fromkeys(_COUNTS, "Int64"))
+    return board.fillna(dict.fromkeys(_TEXTS, ""))
 
 
 def _csv_field(value: Any) -> str:

@@ -45,6 +45,17 @@ def gpu(device: str | torch.device) -> dict[str, str]:
     return {"gpu": f"{torch.cuda.get_device_name(device)}, CUDA {torch.version.cuda}"}
 
 
+def cpu() -> str:
+    """The processor's name; empty where the system does not tell."""
+    try:
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:  # not Linux
+        pass
+    return platform.processor()
+
+
 def checkout() -> Path | None:
     """The checkout that holds the imported package, or None when it is an installed copy."""
     root = Path(faithmap.__file__).resolve().parents[2]
@@ -202,6 +213,7 @@ def manifest(
         **git_state(checkout()),
         "python": platform.python_version(),
         "platform": f"{platform.system()} {platform.machine()}",
+        "cpu": cpu(),
         **gpu(settings["device"]),
         "libraries": library_versions(),
         "models": {

@@ -7,6 +7,7 @@ from typing import Any
 
 from faithmap.fitting import told_images
 from faithmap.records import canonical_json
+from faithmap.sources import OWN_SETTINGS, edited, sources
 
 _TIMES = "\N{MULTIPLICATION SIGN}"
 _MEANINGS = {
@@ -135,10 +136,13 @@ def plain(text: Any) -> str:
 
 def provenance(manifest: Mapping[str, Any]) -> list[str]:
     """What was run: enough to run it again and to tell two boards apart."""
+    runs = sources(manifest)
+    alone = len(runs) == 1
     lines = [
-        f"- **faithmap** {manifest.get('version', '?')}, {_commit(manifest)}",
-        *_settings(manifest),
-        *_machine(manifest),
+        *([_faithmap(manifest)] if alone else map(_run, runs)),
+        *_edited(manifest),
+        *_settings(manifest, () if alone else OWN_SETTINGS),
+        *(_machine(manifest) if alone else ()),
         *(_model(name, facts) for name, facts in _chosen(manifest, "models")),
         *(_dataset(name, facts) for name, facts in _chosen(manifest, "datasets")),
         "- **explainers** "
@@ -146,13 +150,40 @@ def provenance(manifest: Mapping[str, Any]) -> list[str]:
         *_fits(manifest),
         "- **metrics** " + ", ".join(_metric(entry) for entry in manifest.get("metrics", ())),
     ]
-    if manifest.get("libraries"):
-        versions = ", ".join(f"{name} {version}" for name, version in sorted(manifest["libraries"].items()))
-        lines.append(f"- **libraries** {versions}")
+    if alone:
+        lines += [f"- **libraries** {told}" for told in [_libraries(manifest)] if told]
+    commands = [run["command"] for run in runs if run.get("command")]
     parts = ["## Provenance", "\n".join(line for line in lines if line)]
-    if manifest.get("command"):
-        parts.append(f"```\n{manifest['command']}\n```")
+    if commands:
+        parts.append("```\n" + "\n".join(dict.fromkeys(commands)) + "\n```")
     return parts
+
+
+def _faithmap(source: Mapping[str, Any]) -> str:
+    return f"- **faithmap** {source.get('version', '?')}, {_commit(source)}"
+
+
+def _run(source: Mapping[str, Any]) -> str:
+    """One of several runs: what it was asked for, and its circumstances."""
+    names = {key: ", ".join(f"`{plain(name)}`" for name in asked) for key, asked in source["request"].items()}
+    said = [f"faithmap {source.get('version', '?')}", _commit(source)]
+    said += _circumstances({**source, **source["settings"]})
+    if told := _libraries(source):
+        said.append(told)
+    where = f"{names['models']} and {names['datasets']}"
+    return f"- **run** of {names['explainers']} on {where}: {', '.join(said)}"
+
+
+def _edited(manifest: Mapping[str, Any]) -> list[str]:
+    names = edited(manifest)
+    if not names:
+        return []
+    told = ", ".join(f"`{plain(name)}`" for name in names)
+    return [f"- **edited between the runs** (the file, not its version): {told}; the run named first counts"]
+
+
+def _libraries(source: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name} {version}" for name, version in sorted(source.get("libraries", {}).items()))
 
 
 def _chosen(manifest: Mapping[str, Any], kind: str) -> list[tuple[str, Mapping[str, Any]]]:
@@ -187,8 +218,8 @@ def _commit(manifest: Mapping[str, Any]) -> str:
     return f"commit `{manifest['commit']}`" + (" with uncommitted changes" if manifest.get("dirty") else "")
 
 
-def _settings(manifest: Mapping[str, Any]) -> list[str]:
-    settings = manifest.get("settings", {})
+def _settings(manifest: Mapping[str, Any], without: Sequence[str]) -> list[str]:
+    settings = {key: value for key, value in manifest.get("settings", {}).items() if key not in without}
     said = [
         f"{name.replace('_', ' ')} {_shown(value)}" for name, value in settings.items() if value is not None
     ]
@@ -196,12 +227,15 @@ def _settings(manifest: Mapping[str, Any]) -> list[str]:
 
 
 def _machine(manifest: Mapping[str, Any]) -> list[str]:
-    names = {"device": "device", "threads": "threads", "batch_size": "batch size", "python": "Python",
-             "platform": "platform", "gpu": "GPU", "created": "created"}  # fmt: skip
-    said = [
-        f"{title} {_shown(manifest[name])}" for name, title in names.items() if manifest.get(name) is not None
-    ]
+    said = _circumstances(manifest)
     return [f"- **machine** {', '.join(said)}"] if said else []
+
+
+def _circumstances(held: Mapping[str, Any]) -> list[str]:
+    """Machine and time of a run, with those of its settings that are given beside them."""
+    names = {"device": "device", "threads": "threads", "batch_size": "batch size", "python": "Python",
+             "platform": "platform", "cpu": "CPU", "gpu": "GPU", "created": "created"}  # fmt: skip
+    return [f"{title} {_shown(held[name])}" for name, title in names.items() if held.get(name)]
 
 
 def _model(name: str, facts: Mapping[str, Any]) -> str:

@@ -53,16 +53,19 @@ _TITLES = {
 
 
 def cell_figures(
-    board: pd.DataFrame, curves: Curves, model: str, dataset: str
+    board: pd.DataFrame, curves: Curves, model: str, dataset: str, *, costs: bool = True
 ) -> dict[str, Callable[[], bytes]]:
-    """The figures that the cell's data allows: file name -> a function that draws the PNG."""
+    """The figures that the cell's data allows: file name -> a function that draws the PNG.
+
+    `costs` is False where the board's times must not be set beside each other.
+    """
     here = records(board[(board["model"] == model) & (board["dataset"] == dataset)])
     lines = sorted(here, key=by_rank)
     where, stem = f"{model} on {dataset}", file_stem(model, dataset)
     made: dict[str, Callable[[], bytes]] = {}
     if curves.lines:
         made[f"curves-{stem}.png"] = partial(curves_figure, lines, curves, where)
-    if any(known(line["auc_d"]) and known(line["ms_per_image"]) for line in lines):
+    if costs and any(known(line["auc_d"]) and known(line["ms_per_image"]) for line in lines):
         made[f"cost-{stem}.png"] = partial(cost_figure, lines, where)
     return made
 

@@ -24,6 +24,7 @@ from faithmap.report._format import (
     table,
 )
 from faithmap.report._provenance import legend, plain, provenance, unreliable
+from faithmap.sources import timed_alike
 
 if TYPE_CHECKING:
     from faithmap.leaderboard import CellFacts
@@ -250,6 +251,11 @@ def _cost(lines: Sequence[Line], manifest: Mapping[str, Any]) -> list[str]:
     if not columns:
         return []
     note = "Times are medians with quartiles, on a cold context; a blank was not measured."
+    if not timed_alike(manifest):
+        note += (
+            " They come from several runs whose machines differ, or are not known to be alike (Provenance "
+            "names them): only times of one run can be compared."
+        )
     return ["### Cost", _plain_table(lines, columns, manifest, interval=True), note]
 
 
