@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -66,6 +67,23 @@ def test_a_fit_that_goes_on_counts_all_its_parts(model: Model, at: int) -> None:
         training.train(asked(model), KillAt(at), every=0.0)
     data = training.train(asked(model)).record["data"]
     assert (data["images"], data["seen"], data["passes"]) == (12, 12, 36)
+
+
+def test_a_fit_that_goes_on_elsewhere_names_both_devices(
+    model: Model, home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for device, at in (("Card 1, CUDA 13.0", 2), ("cpu", 4), ("cpu", None)):
+        monkeypatch.setattr(training, "device_name", lambda _, device=device: device)
+        with nullcontext() if at is None else pytest.raises(KilledError):
+            made = training.train(asked(model), *([] if at is None else [KillAt(at)]), every=0.0)
+    assert made.record["devices"] == ["Card 1, CUDA 13.0", "cpu"]
+    request = {
+        "run": {"limit": 4, "own_nulls": [], "null_draws": 1, "threads": 1},
+        "models": [{"name": "shapes/resnet"}], "datasets": [{"name": "shapes"}],
+        "explainers": [{"name": "toy-fitted"}], "metrics": [{"name": "drop"}],
+    }  # fmt: skip
+    done = faithmap.run(request, out=tmp_path / "run", figures=False)
+    assert " s on Card 1, CUDA 13.0 and cpu\n" in (done.path / "leaderboard.md").read_text()
 
 
 def test_a_checkpoint_without_a_count_leaves_it_unknown(model: Model, home: Path) -> None:

@@ -27,7 +27,7 @@ from faithmap.explaining import describe, full_float32
 from faithmap.fitting import Fit
 from faithmap.heads import Head, find_head, logits_of, put_head
 from faithmap.kept_features import Kept, keep
-from faithmap.learning_record import NAMED, circumstances, curve_csv, data_entry
+from faithmap.learning_record import NAMED, circumstances, curve_csv, data_entry, device_name
 from faithmap.models import Model
 from faithmap.records import Sample, Spec, digest
 from faithmap.store import write_bytes
@@ -206,7 +206,8 @@ def _make(request: Finetuning, watcher: Watcher, fresh: bool, every: float) -> F
         checkpoint.unlink(missing_ok=True)
         _clear(shelf)
     title = f"{tuned.SOURCE}/{request.name} · {request.model.name} · {request.dataset.label}"
-    session = Session(request.seed, request.precision, checkpoint, watcher, every, title=title)
+    on = device_name(request.model)
+    session = Session(request.seed, request.precision, checkpoint, watcher, every, title=title, device=on)
     head = request.head
     module = copy.deepcopy(request.model.module)
     put_head(module, head.layers, request.classes, seed_of(request.seed, "head") % 2**31)

@@ -57,6 +57,7 @@ def circumstances(session: Session, model: Model) -> dict[str, Any]:
         "precision": session.precision,
         "device": str(model.device),
         **gpu(model.device),
+        "devices": session.devices,
         "threads": torch.get_num_threads(),
         "steps": len(session.curve),
         "last": session.curve[-1] if session.curve else {},
@@ -67,6 +68,13 @@ def circumstances(session: Session, model: Model) -> dict[str, Any]:
         "command": command_line(),
         "created": datetime.datetime.now(datetime.UTC).replace(microsecond=0).isoformat(),
     }
+
+
+def device_name(model: Model) -> str:
+    """What a model's device is called: the card behind CUDA, else "cpu" or "mps"."""
+    from faithmap.provenance import gpu
+
+    return gpu(model.device).get("gpu", str(model.device))
 
 
 def counted(curve: Sequence[Mapping[str, float]], columns: Iterable[str]) -> dict[str, int]:

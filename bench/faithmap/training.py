@@ -23,7 +23,7 @@ from faithmap.data import LoadedDataset
 from faithmap.errors import FaithmapError, RequestError, nearest
 from faithmap.explaining import describe, guarded
 from faithmap.fitting import Fit
-from faithmap.learning_record import circumstances, counted, curve_csv, data_entry
+from faithmap.learning_record import circumstances, counted, curve_csv, data_entry, device_name
 from faithmap.models import Model
 from faithmap.parameters import annotated_types, check_type, with_defaults
 from faithmap.records import Sample, digest
@@ -136,6 +136,10 @@ class Session:
     stopping: bool = False
     #: Counts the images that are learnt from; None counts none.
     seen: Seen | None = None
+    #: What it runs on, in words.
+    device: str = ""
+    #: What it ran on before it was interrupted, in the order of use.
+    before: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self._started = self._last = time.monotonic()
@@ -152,6 +156,7 @@ class Session:
         try:
             held = torch.load(self.file, map_location="cpu", weights_only=True)
             self.curve, self.seconds = list(held["curve"]), float(held["seconds"])
+            self.before = list(held.get("devices", ()))
             state: dict[str, Any] = held["state"]
             if self.seen is not None:
                 self.seen.restore(held.get("seen"))
@@ -178,7 +183,12 @@ class Session:
         if time.monotonic() - self._last < self.every and not self.stopping:
             return
         buffer = io.BytesIO()
-        held = {"state": make_state(), "curve": self.curve, "seconds": self.elapsed()}
+        held = {
+            "state": make_state(),
+            "curve": self.curve,
+            "seconds": self.elapsed(),
+            "devices": self.devices,
+        }
         if self.seen is not None:
             held["seen"] = self.seen.state()
         torch.save(held, buffer)
@@ -202,6 +212,11 @@ class Session:
             self.seen.count()
         self.curve.append({"step": float(step), **{key: float(value) for key, value in values.items()}})
         self.watcher.step(step, values)
+
+    @property
+    def devices(self) -> list[str]:
+        """All that it has run on, those before an interruption included."""
+        return list(dict.fromkeys(name for name in (*self.before, self.device) if name))
 
     def elapsed(self) -> float:
         """Seconds spent, those before an interruption included."""
@@ -312,6 +327,7 @@ def train(
         session = Session(
             request.seed, request.precision, checkpoint, watcher or Silent(), every,
             title=f"{spec} · {request.model.name} · {request.dataset.label}",
+            device=device_name(request.model),
         )  # fmt: skip
         with stoppable(session):
             tensors, data = _fit(request, session)

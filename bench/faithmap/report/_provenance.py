@@ -201,7 +201,7 @@ def _fits(manifest: Mapping[str, Any]) -> list[str]:
             data, options = record.get("data", {}), record.get("options", {})
             given = {**data.get("params", {}), "part": data.get("part"), "limit": data.get("limit")}
             settings = {**given, **options}.items()
-            where = record.get("gpu", record.get("device"))
+            where = " and ".join(record.get("devices", [str(record.get("gpu", record.get("device")))]))
             told = ", ".join(f"{key} {_shown(value)}" for key, value in settings if value is not None)
             lines.append(
                 f"- **fit** of `{plain(name)}` to `{plain(model)}`: `{fit['key']}` (tensors "
