@@ -136,6 +136,21 @@ class TestCommand:
                 float(line["error"]) > 0 and float(line["blind_error"]) > 0 and abs(float(line["rho"])) <= 1
             )
 
+    def test_lines_of_other_models_stay_and_own_ones_are_replaced(
+        self, request_file: Path, tmp_path: Path
+    ) -> None:
+        self.fit()
+        out = tmp_path / "out"
+        assert nine.main([str(request_file), "--out", str(out)]) == 0
+        first = (out / "equation-9.csv").read_text(encoding="utf-8")
+        head, *rest = first.splitlines(keepends=True)
+        others = [line.replace("shapes/vit", "another/vit") for line in rest]
+        spoiled = [line.rpartition(",")[0] + ",0.5\n" for line in rest]
+        (out / "equation-9.csv").write_text("".join([head, *spoiled, *others]), encoding="utf-8")
+        assert nine.main([str(request_file), "--out", str(out)]) == 0
+        assert (out / "equation-9.csv").read_text(encoding="utf-8") == "".join([head, *others, *rest])
+        assert (out / "equation-9.md").read_text(encoding="utf-8").count("`another/vit`") == 2
+
     def test_a_decoder_that_is_not_there_is_told_with_the_command(
         self, request_file: Path, tmp_path: Path
     ) -> None:

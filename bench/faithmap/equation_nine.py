@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import io
 import math
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -27,6 +28,7 @@ from faithmap.explaining import guarded
 from faithmap.reconstruction import blurred_target, over_cells, target_area
 from faithmap.report._format import code, table
 from faithmap.stats import Estimate, bca, rank_correlation
+from faithmap.store import write_bytes
 
 if TYPE_CHECKING:
     from faithmap.batch import Batch
@@ -155,7 +157,7 @@ def summary(lines: Sequence[Mapping[str, Any]]) -> str:
     """The lines of `lines_of`, or of the file that holds them, as a Markdown table with 95% intervals."""
     cells: dict[tuple[str, ...], list[Mapping[str, Any]]] = {}
     for line in lines:
-        cells.setdefault(tuple(str(line[name]) for name in CELL), []).append(line)
+        cells.setdefault(_cell(line), []).append(line)
     heads = (
         "Model", "Explainer", "Eq. 9", "Signs of", "P", "Images", "rho, cells", "rho, pixels", "C - A",
         "Error", "Blind error", "Spread of C",
@@ -201,6 +203,25 @@ def read_lines(file: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(opened))
 
 
+def write_lines(file: Path, lines: Sequence[Mapping[str, Any]]) -> None:
+    """Write lines to a file, behind those that it holds of other models, data or decoders."""
+    made = {_cell(line) for line in lines}
+    held = [line for line in read_lines(file) if _cell(line) not in made] if file.is_file() else []
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    names = [*CELL, "image_id", *SCORES]
+    writer.writerow(names)
+    writer.writerows([line[name] for name in names] for line in held)
+    for line in lines:
+        values = [f"{line[name]:.6g}" for name in SCORES]
+        writer.writerow([*(line[name] for name in CELL), line["image_id"], *values])
+    write_bytes(file, text.getvalue().encode())
+
+
+def _cell(line: Mapping[str, Any]) -> tuple[str, ...]:
+    return tuple(str(line[name]) for name in CELL)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure, and write the lines and the table."""
     from faithmap.engine import Silent
@@ -209,7 +230,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     parser = argparse.ArgumentParser(prog="python -m faithmap.equation_nine", description=__doc__)
     parser.add_argument("request", help="a request whose explainers name one SCAN or more")
-    parser.add_argument("--out", type=Path, required=True, help="the folder for both files")
+    parser.add_argument(
+        "--out", type=Path, required=True, help="the folder for both files; lines of other models are kept"
+    )
     options = parser.parse_args(arguments)
     grid = make_grid(load_config(options.request))
     try:
@@ -221,12 +244,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     lines = list(lines_of(grid))
     if not lines:
         raise RequestError(f"{options.request} names no explainer 'scan' with output 'confidence'")
-    with (options.out / FILES[0]).open("w", newline="", encoding="utf-8") as opened:
-        writer = csv.writer(opened, lineterminator="\n")
-        writer.writerow([*CELL, "image_id", *SCORES])
-        for line in lines:
-            values = [f"{line[name]:.6g}" for name in SCORES]
-            writer.writerow([*(line[name] for name in CELL), line["image_id"], *values])
+    write_lines(options.out / FILES[0], lines)
     written = read_lines(options.out / FILES[0])
     (options.out / FILES[1]).write_text(page(written), encoding="utf-8")
     sys.stdout.write(summary(written))
