@@ -144,6 +144,21 @@ def test_one_label_for_two_things_is_refused(
     assert sentence in str(caught.value) and "labels of their own" in str(caught.value)
 
 
+def test_each_cell_has_the_lines_that_a_run_was_asked_for(
+    rows: pd.DataFrame, pair: tuple[Path, Path], tmp_path: Path
+) -> None:
+    other = slow_rows.manifest([THEIRS], ("random-grid",), models=["net"], datasets=["photos"], images=N)
+    other |= {"identity": manifest()["identity"], "cells": []}
+    moved = rows.assign(model="net", dataset="photos")
+    found, merged = read_runs([pair[0], put(moved, other, tmp_path / "elsewhere")])
+    board = leaderboard.build_board(found, merged)
+    cells = board.groupby(["model", "dataset"])["explainer"].agg(list).to_dict()
+    assert cells == {
+        ("shapes/resnet", "shapes"): [OURS, "random-grid"], ("net", "photos"): ["random-grid", THEIRS],
+    }  # fmt: skip
+    assert (board["status"] != "not ranked: no rows").all()
+
+
 def test_an_edited_file_is_told(rows: pd.DataFrame, pair: tuple[Path, Path], tmp_path: Path) -> None:
     other = copy.deepcopy(manifest(OURS, THEIRS))
     other["explainers"][OURS]["file_sha256"] = "11" * 32

@@ -20,6 +20,7 @@ from faithmap._curves import Curves, mean_curves
 from faithmap.columns import base_score, is_cost, is_time, ordered_scores
 from faithmap.errors import FaithmapError, RequestError
 from faithmap.records import PRIMARY_SCORE, REFERENCE_NULL, canonical_json
+from faithmap.sources import asked_for
 
 FloatArray = npt.NDArray[np.float64]
 CodeArray = npt.NDArray[np.int8]
@@ -113,8 +114,8 @@ class Evidence:
 
     @property
     def explainers(self) -> list[str]:
-        """The labels of the request, in its order."""
-        return [str(label) for label in self.manifest["request"]["explainers"]]
+        """The labels that were asked for here, in the order of the request."""
+        return asked_for(self.manifest, self.model, self.dataset)
 
 
 def snap(values: FloatArray) -> FloatArray:
@@ -142,6 +143,8 @@ def read_evidence(rows: pd.DataFrame, manifest: Mapping[str, Any]) -> list[Evide
     cells = []
     for model in manifest["request"]["models"]:
         for dataset in manifest["request"]["datasets"]:
+            if not asked_for(manifest, model, dataset):  # of several runs, none has both
+                continue
             found = groups.get((model, dataset))
             cells.append(_cell(model, dataset, table.iloc[:0] if found is None else found, manifest))
     return cells

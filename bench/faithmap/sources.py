@@ -35,6 +35,19 @@ def sources(manifest: Mapping[str, Any]) -> list[dict[str, Any]]:
     ]
 
 
+def asked_for(manifest: Mapping[str, Any], model: str, dataset: str) -> list[str]:
+    """The explainers' labels that one run at least was asked for on a model and a dataset, in order."""
+    labels = [str(label) for label in manifest["request"]["explainers"]]
+    if "sources" not in manifest:
+        return labels
+    asked: set[str] = set()
+    for source in sources(manifest):
+        request = source["request"]
+        if model in request["models"] and dataset in request["datasets"]:
+            asked |= set(request["explainers"])
+    return [label for label in labels if label in asked]
+
+
 def timed_alike(manifest: Mapping[str, Any]) -> bool:
     """Whether all times of a board were taken on machines of one kind, as far as that is known."""
     held = sources(manifest)
