@@ -22,25 +22,31 @@ SHOWN_REASONS = 8
 
 def rebuild(runs: Sequence[Path], out: Path | None, console: Console) -> int:
     """Write tables and figures again, into the run's folder or another one, and print the board in short."""
+    from faithmap.evidence import read_evidence
     from faithmap.leaderboard import BOARD, read_board, write_boards
     from faithmap.report.terminal import summary_table
     from faithmap.report.variants import clear_variants, write_variants
 
     if len(runs) > 1 and out is None:
         raise RequestError("several runs make one board in a folder of its own; name it with --out")
+    if len(runs) > 1 and out is not None and out.resolve() in {run.resolve() for run in runs}:
+        raise RequestError(f"--out {out} is one of the runs; several make one board in a folder of its own")
     rows, manifest = read_runs(runs)
     if rows.empty:
         raise RequestError(f"{runs[0]} holds no rows yet; run it first")
+    read_evidence(rows, manifest)  # raises what is wrong with them before anything is replaced
     target = out or runs[0]
     if out is not None and out.resolve() not in {run.resolve() for run in runs}:
         publish(rows, manifest, out)
-        for run in runs:
+        for run in reversed(runs):  # where two have drawn a cell, the one named first counts
             copy_heatmaps(run, out)
     if target.resolve() not in {run.resolve() for run in runs}:
         clear_variants(target)
         if len(runs) == 1:  # those of several runs are of other methods and images
             copy_variants(runs[0], target)
     written = [*write_boards(rows, manifest, target), *write_variants(target)]
+    for file in set((target / "figures").glob("cost-*.png")) - set(written):
+        file.unlink()  # of an earlier board here
     board = read_board(target / BOARD)
     if not timed_alike(manifest):
         board["ms_per_image"] = float("nan")

@@ -14,6 +14,7 @@ from faithmap.config import Config
 from faithmap.data import check_labels
 from faithmap.map_library import MapLibrary
 from faithmap.plan import Grid, Task, default_folder, identity, make_grid
+from faithmap.records import VARIANTS
 from faithmap.report._format import count
 from faithmap.runner import apply_settings, make_groups, refuse_other_identity, resolve_settings
 from faithmap.store import RunStore
@@ -71,6 +72,8 @@ def estimate(config: Config, out: str | Path | None = None, *, fresh: bool = Fal
             for universe, groups in multiverse.planned(grid, settings, library):
                 at_most = "at most " if universe.target == "label" else ""
                 for group in groups:
+                    if held is not None:
+                        group.find_done(RunStore(store.path / VARIANTS))
                     total = _added(total, group, at_most) if group.shards else total
     return total
 

@@ -7,10 +7,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pyarrow as pa
 
 from faithmap.errors import FaithmapError, RequestError
-from faithmap.sources import refuse_other_versions, sources
+from faithmap.sources import joined, refuse_other_meanings
 from faithmap.store import KEY_COLUMNS, MANIFEST, SCHEMA, RunStore, write_table
 
 if TYPE_CHECKING:
@@ -41,7 +42,7 @@ def read_run(path: str | Path) -> tuple[pd.DataFrame, dict[str, Any]]:
             name in chosen.get(dataset, ())
             for dataset, name in zip(rows["dataset"], rows["image_id"], strict=True)
         ]
-        rows = rows[kept].reset_index(drop=True)
+        rows = rows[np.array(kept, bool)].reset_index(drop=True)
     return rows, manifest
 
 
@@ -72,8 +73,10 @@ def read_runs(paths: Sequence[str | Path]) -> tuple[pd.DataFrame, dict[str, Any]
     first = read[0][1]
     merged: dict[str, Any] = {**first}
     for path, (_, other) in zip(paths[1:], read[1:], strict=True):
-        _refuse_mixture(first, other, path)
-        refuse_other_versions(merged["explainers"], other["explainers"], path)
+        _refuse_mixture(merged, other, path)
+        refuse_other_meanings(merged, other, path)
+        weights = {**merged["identity"]["weights"], **other["identity"]["weights"]}
+        merged["identity"] = {**merged["identity"], "weights": weights}
         for key in ("models", "datasets", "explainers"):
             merged[key] = {**merged[key], **{k: v for k, v in other[key].items() if k not in merged[key]}}
         merged["explainers"] = {
@@ -89,7 +92,7 @@ def read_runs(paths: Sequence[str | Path]) -> tuple[pd.DataFrame, dict[str, Any]
         merged["verdicts"] = {**merged.get("verdicts", {}), **other.get("verdicts", {})}
         merged["cells"] = list(dict.fromkeys([*merged["cells"], *other["cells"]]))
     if len(read) > 1:
-        merged["sources"] = [source for _, manifest in read for source in sources(manifest)]
+        merged["sources"] = joined([manifest for _, manifest in read])
     _refuse_other_images(paths, [rows for rows, _ in read])
     rows = pd.concat([rows for rows, _ in read], ignore_index=True)
     return rows.drop_duplicates(KEY_COLUMNS).sort_values(
@@ -139,9 +142,16 @@ def _refuse_other_images(paths: Sequence[str | Path], tables: Sequence[pd.DataFr
 
 
 def publish(rows: pd.DataFrame, manifest: Mapping[str, Any], out: Path) -> None:
-    """Write rows and manifest into a folder of their own, from which the board can be rebuilt."""
+    """Write rows and manifest into a folder of their own, from which the board can be rebuilt.
+
+    Raises:
+        RequestError: the folder holds a run, or something else than a published board.
+    """
     store = RunStore(out)
     store.create()
+    held = store.manifest()
+    if held is not None and held["cells"] != [PUBLISHED]:
+        raise RequestError(f"{out} holds a run of its own, which the board would damage; name another folder")
     table = pa.Table.from_pandas(rows, schema=SCHEMA, preserve_index=False)
     write_table(store.rows_path / PUBLISHED / "rows.parquet", table, level=SMALLEST)
     kept = {key: value for key, value in manifest.items() if key != "plan"}

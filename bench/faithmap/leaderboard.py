@@ -188,7 +188,8 @@ def board_csv(board: pd.DataFrame) -> str:
 
 def read_board(file: Path) -> pd.DataFrame:
     """A board from the CSV that it was written to: the same columns, to four decimals."""
-    board = pd.read_csv(file, keep_default_na=False, na_values=[""], dtype=dict.fromkeys(_COUNTS, "Int64"))
+    types = dict.fromkeys(_COUNTS, "Int64") | dict.fromkeys(_TEXTS, "str")
+    board = pd.read_csv(file, keep_default_na=False, na_values=[""], dtype=types)
     return board.fillna(dict.fromkeys(_TEXTS, ""))
 
 

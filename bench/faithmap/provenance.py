@@ -135,6 +135,7 @@ def describe_explainer(use: ExplainerUse, grid: Grid) -> dict[str, Any]:
         "source": facts.source,
         "class_specific": facts.class_specific,
         "file_sha256": use.plugin.file_sha256(),
+        "built_in": use.plugin.built_in,
         "reliable": True,
     }
     return {**entry, "fits": fits} if fits else entry
@@ -188,6 +189,8 @@ def describe_metric(use: MetricUse) -> dict[str, Any]:
         "params": use.params,
         "spec": use.spec,
         "variant": use.variant,
+        "file_sha256": use.plugin.file_sha256(),
+        "built_in": use.plugin.built_in,
         "source": facts.source,
         "scores": use.scores,
         "fallback": {

@@ -22,7 +22,7 @@ from faithmap.records import digest
 from faithmap.registry import Plugin
 
 #: Raised when a change of the checks should have plugins checked anew.
-KIT = 2
+KIT = 3
 
 
 def judge(grid: Grid, held: Mapping[str, Any] | None, observer: Observer) -> dict[str, dict[str, Any]]:

@@ -7,6 +7,7 @@ from typing import Any
 
 from faithmap.fitting import told_images
 from faithmap.records import canonical_json
+from faithmap.report._format import code
 from faithmap.sources import OWN_SETTINGS, edited, sources
 
 _TIMES = "\N{MULTIPLICATION SIGN}"
@@ -165,7 +166,7 @@ def _faithmap(source: Mapping[str, Any]) -> str:
 
 def _run(source: Mapping[str, Any]) -> str:
     """One of several runs: what it was asked for, and its circumstances."""
-    names = {key: ", ".join(f"`{plain(name)}`" for name in asked) for key, asked in source["request"].items()}
+    names = {key: ", ".join(map(code, asked)) for key, asked in source["request"].items()}
     said = [f"faithmap {source.get('version', '?')}", _commit(source)]
     said += _circumstances({**source, **source["settings"]})
     if told := _libraries(source):
@@ -178,7 +179,7 @@ def _edited(manifest: Mapping[str, Any]) -> list[str]:
     names = edited(manifest)
     if not names:
         return []
-    told = ", ".join(f"`{plain(name)}`" for name in names)
+    told = ", ".join(map(code, names))
     return [f"- **edited between the runs** (the file, not its version): {told}; the run named first counts"]
 
 
@@ -204,7 +205,7 @@ def _fits(manifest: Mapping[str, Any]) -> list[str]:
             where = " and ".join(record.get("devices", [str(record.get("gpu", record.get("device")))]))
             told = ", ".join(f"{key} {_shown(value)}" for key, value in settings if value is not None)
             lines.append(
-                f"- **fit** of `{plain(name)}` to `{plain(model)}`: `{fit['key']}` (tensors "
+                f"- **fit** of {code(name)} to {code(model)}: `{fit['key']}` (tensors "
                 f"`{fit['digest']}`), {told_images(fit['fit_images'], data.get('seen'))} of "
                 f"`{plain(str(data.get('dataset')))}`, {told}, seed {record.get('seed')}, "
                 f"{record.get('precision')}, {fit['fit_seconds']:.0f} s on {where}"
@@ -234,7 +235,8 @@ def _machine(manifest: Mapping[str, Any]) -> list[str]:
 def _circumstances(held: Mapping[str, Any]) -> list[str]:
     """Machine and time of a run, with those of its settings that are given beside them."""
     names = {"device": "device", "threads": "threads", "batch_size": "batch size", "python": "Python",
-             "platform": "platform", "cpu": "CPU", "gpu": "GPU", "created": "created"}  # fmt: skip
+             "platform": "platform", "cpu": "CPU", "gpu": "GPU", "null_draws": "null draws",
+             "own_nulls": "own nulls", "created": "created"}  # fmt: skip
     return [f"{title} {_shown(held[name])}" for name, title in names.items() if held.get(name)]
 
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
-from faithmap.columns import MAIN_SCORES, direction, is_cost
+from faithmap.columns import MAIN_SCORES, direction, is_cost, is_time
 from faithmap.report._format import (
     ARROWS,
     DASH,
@@ -211,7 +211,8 @@ def _best_marked(
     way = "higher" if column.endswith("_z") else direction(column, manifest)
     printed = [number(column, line[column]) for line in field if line["status"] == "ok"]
     values = [float(text) for text in printed if text]
-    best = {"higher": max, "lower": min}[way](values) if values and way != "none" else None
+    comparable = way != "none" and (timed_alike(manifest) or not is_time(column))
+    best = {"higher": max, "lower": min}[way](values) if values and comparable else None
 
     def write(line: Line) -> str:
         text = number(column, line.get(column))

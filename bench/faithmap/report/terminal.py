@@ -38,7 +38,7 @@ def summary_table(board: pd.DataFrame) -> Table:
             fields = [Text(field) for field in _fields(line)]
             table.add_row(*fields, style="" if line["status"] == "ok" else "dim")
     if len(cells) == 1:
-        table.title = f"{cells[0][0]} on {cells[0][1]}"
+        table.title = Text(f"{cells[0][0]} on {cells[0][1]}")
     return table
 
 
