@@ -363,6 +363,25 @@ def test_the_dry_run_counts_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert not list(tmp_path.iterdir())
 
 
+def test_the_dry_run_leaves_out_variants_that_are_stored(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from faithmap.estimate import estimate
+
+    monkeypatch.chdir(tmp_path)
+    request = {**config(), "models": [{"name": "timm/test_resnet", "pretrained": False, "input_size": 32}]}
+    found = []
+    for step in (estimate, faithmap.run, estimate):
+        torch.manual_seed(0)  # of the network's weights
+        found.append(step(load_config(request), out="run"))
+    whole, _, left = found
+    # Of another class, the images that the model gets right are not explained again: they are "at most".
+    predicted = [line for line in left.lines if "predicted class" in line]
+    assert predicted and all(", 0 forwards and 0 ms" in line for line in predicted), left.lines
+    assert left.units == whole.units and 0 < left.stored <= whole.units
+    assert left.forwards < whole.forwards
+
+
 # --- pages -----------------------------------------------------------------------------------------
 
 
