@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterator
+import io
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -12,10 +13,12 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
+from rich.console import Console
+from small_runs import lay_out
 from torch import nn
 
 import faithmap  # noqa: F401  (mends torchvision's operators before anything imports it)
-from faithmap import fitting, registry
+from faithmap import cli, fitting, registry
 from faithmap.batch import Batch
 from faithmap.context import Context
 from faithmap.explaining import bind
@@ -23,6 +26,8 @@ from faithmap.models import Model
 from faithmap.records import Kind
 
 SIDE = 32
+#: The fixture `typed`.
+Typed = Callable[..., tuple[int, str]]
 
 
 class TinyCNN(nn.Module):
@@ -153,6 +158,29 @@ def own_plugins() -> Iterator[None]:
     """Forget what a test registers."""
     with plugins_restored():
         yield
+
+
+@pytest.fixture
+def typed(monkeypatch: pytest.MonkeyPatch) -> Typed:
+    """Type a command: its exit code and what it printed, to stdout and to stderr."""
+
+    def run(*words: object) -> tuple[int, str]:
+        stream = io.StringIO()
+        console = Console(file=stream, width=300)
+        monkeypatch.setattr(cli, "OUT", console)
+        monkeypatch.setattr(cli, "ERR", console)
+        return cli.main([str(word) for word in words]), stream.getvalue()
+
+    return run
+
+
+@pytest.fixture
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, own_plugins: None) -> Path:
+    """A folder with a dataset, a network and a request; what it registers is forgotten again."""
+    lay_out(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    registry.load_file(tmp_path / "squares.py")
+    return tmp_path
 
 
 @pytest.fixture

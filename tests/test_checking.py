@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import io
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from rich.console import Console
+from conftest import Typed
 
-from faithmap import checking, cli, conformance, registry, scaffold
+from faithmap import checking, conformance, registry, scaffold
 from faithmap.errors import RequestError
 
-Typed = Callable[..., tuple[int, str]]
 BAD = '''
 from faithmap import dataset, explainer
 
@@ -37,20 +35,6 @@ def restored(own_plugins: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     broken = {kind: dict(registry._broken[kind]) for kind in registry.KINDS}
     yield
     registry._broken.update(broken)
-
-
-@pytest.fixture
-def typed(monkeypatch: pytest.MonkeyPatch) -> Typed:
-    """Type a command: its exit code and what it printed, to stdout and to stderr."""
-
-    def run(*words: object) -> tuple[int, str]:
-        stream = io.StringIO()
-        console = Console(file=stream, width=200)
-        monkeypatch.setattr(cli, "OUT", console)
-        monkeypatch.setattr(cli, "ERR", console)
-        return cli.main([str(word) for word in words]), stream.getvalue()
-
-    return run
 
 
 class TestCheck:

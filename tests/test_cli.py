@@ -20,20 +20,6 @@ from faithmap.config import load_config
 from faithmap.models import Model
 
 
-@pytest.fixture
-def typed(monkeypatch: pytest.MonkeyPatch) -> object:
-    """Type a command: its exit code and what it printed, to stdout and to stderr."""
-
-    def run(*words: object) -> tuple[int, str]:
-        stream = io.StringIO()
-        console = Console(file=stream, width=200)
-        monkeypatch.setattr(cli, "OUT", console)
-        monkeypatch.setattr(cli, "ERR", console)
-        return cli.main([str(word) for word in words]), stream.getvalue()
-
-    return run
-
-
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small finished run on the embedded data with a network of random weights."""

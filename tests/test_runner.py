@@ -5,10 +5,8 @@ from __future__ import annotations
 import json
 import os
 import random
-import shutil
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -18,110 +16,14 @@ import pandas as pd
 import pytest
 import torch
 from conftest import make_cnn, make_vit
+from small_runs import call, command, comparable, rows_of
 
 import faithmap
-from faithmap import registry, runner
-from faithmap.config import Config, load_config
+from faithmap import runner
+from faithmap.config import load_config
 from faithmap.errors import RequestError
-from faithmap.plan import Task, make_grid, plan_tasks
+from faithmap.plan import make_grid, plan_tasks
 from faithmap.store import KEY_COLUMNS
-
-TIMED = r"ms_|peak_mb"
-
-DATASET = '''
-"""Coloured squares: an image's class is the colour of its square."""
-import torch
-from faithmap import Sample, dataset
-
-@dataset(version=1, source="a test", license="CC0", revision="1", gives={"label", "mask", "box"})
-def squares(*, n: int = 24, broken: int = -1):
-    """Squares of one of five colours on grey noise."""
-    return [make(i, broken) for i in range(n)]
-
-def make(i, broken):
-    generator = torch.Generator().manual_seed(i)
-    image = 0.2 * torch.rand(3, 32, 32, generator=generator)
-    y, x = (int(v) for v in torch.randint(0, 16, (2,), generator=generator))
-    colour = torch.tensor([[1, 0, 0], [0, 1, 0], [0, 0, 1], [1, 1, 0], [0, 1, 1]])[i % 5]
-    image[:, y:y + 12, x:x + 12] = colour.view(3, 1, 1).float()
-    mask = torch.zeros(32, 32, dtype=torch.bool)
-    mask[y:y + 12, x:x + 12] = True
-    def load():
-        if i == broken:
-            raise OSError("the file is cut off")
-        return image
-    return Sample(f"square-{i:03d}", load, i % 5, torch.tensor([[x, y, x + 12, y + 12]]), mask)
-'''
-
-NETWORK = """
-import sys
-from pathlib import Path
-import torch
-from faithmap import Model
-from torch import nn
-
-def build(seed: int = 0):
-    torch.manual_seed(seed)
-    net = nn.Sequential(nn.Conv2d(3, 6, 3, 2, 1), nn.ReLU(), nn.Conv2d(6, 6, 3, 2, 1), nn.ReLU(),
-                        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 5))
-    for parameter in net.parameters():
-        parameter.data.mul_(3)
-    return Model(net, mean=0.5, std=0.5, input_size=32)
-
-def wrong():
-    return nn.Linear(3, 3)
-"""
-
-CONFIG = """
-[run]
-limit = {limit}
-part = "all"
-batch_size = 4
-
-[[models]]
-name = "net.py:build"
-
-[[datasets]]
-name = "squares"
-
-[[explainers]]
-name = "gradcam"
-
-[[explainers]]
-name = "saliency"
-
-[[explainers]]
-name = "random"
-"""
-
-
-@pytest.fixture
-def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, own_plugins: None) -> Path:
-    """A folder with a dataset, a network and a request; what it registers is forgotten again."""
-    (tmp_path / "squares.py").write_text(DATASET)
-    (tmp_path / "net.py").write_text(NETWORK)
-    (tmp_path / "small.toml").write_text(CONFIG.format(limit=12))
-    monkeypatch.chdir(tmp_path)
-    registry.load_file(tmp_path / "squares.py")
-    return tmp_path
-
-
-def command(*words: str, place: Path) -> list[str]:
-    return [sys.executable, "-m", "faithmap.cli", "run", *words, "--plugin", str(place / "squares.py")]
-
-
-def call(*words: str, place: Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(command(*words, place=place), capture_output=True, text=True, cwd=place)
-
-
-def comparable(rows: pd.DataFrame) -> pd.DataFrame:
-    """Rows without what a clock measured, in one order."""
-    kept = rows[~rows["metric"].str.contains(TIMED)]
-    return kept.sort_values(KEY_COLUMNS, ignore_index=True)
-
-
-def rows_of(folder: Path) -> pd.DataFrame:
-    return comparable(runner.read_run(folder)[0])
 
 
 def test_a_run_writes_rows_boards_and_a_manifest(place: Path) -> None:
@@ -414,46 +316,6 @@ def test_maps_are_kept_when_asked_for(place: Path) -> None:
     kept = [np.load(file) for file in (place / "run" / "maps").rglob("*.npz")]
     assert {entry["maps"].shape for entry in kept} >= {(4, 8, 8), (4, 32, 32)}
     assert all(entry["maps"].dtype == np.float32 and len(entry["ids"]) == 4 for entry in kept)
-
-
-def test_the_dry_run_writes_nothing(place: Path) -> None:
-    done = call("small.toml", "--dry-run", "--out", "run", place=place)
-    assert done.returncode == 0, done.stderr
-    assert "12 images" in done.stdout and "forwarded" in done.stdout
-    assert not (place / "run").exists() and not (place / "runs").exists()
-
-
-def test_the_dry_run_leaves_out_what_is_stored(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from faithmap.estimate import estimate
-
-    monkeypatch.chdir(place)
-    config = load_config("small.toml")
-    whole = estimate(config, "run")
-    faithmap.run(config, out="run", figures=False)
-    before = {file: file.read_bytes() for file in Path("run").rglob("*") if file.is_file()}
-    done = estimate(config, "run")
-    assert (done.stored, done.forwards, done.seconds) == (whole.units, 0, 0)
-    assert done.units == whole.units and whole.stored == 0
-    assert estimate(config, "run", fresh=True).forwards == whole.forwards
-    # One explainer's rows are lost: it alone is due, with its moved maps.
-    lost = {task.cell.key for task in tasks_of(config) if task.plugin.name == "gradcam"}
-    for key in lost:
-        shutil.rmtree(Path("run") / "rows" / key)
-    left = estimate(config, "run")
-    assert left.units - left.stored == len(lost) * whole.units // len(tasks_of(config))
-    assert 0 < left.forwards < whole.forwards
-    said = call("small.toml", "--dry-run", "--out", "run", place=place).stdout
-    assert f"{left.stored} of them stored already; for the others about {left.forwards:,.0f} images" in said
-    for file, content in before.items():
-        assert file.parent.name in lost or file.read_bytes() == content
-    with pytest.raises(RequestError, match="holds a run of seed = 0, asked for 5"):
-        estimate(config.with_run(seed=5), "run")
-
-
-def tasks_of(config: Config) -> list[Task]:
-    grid = make_grid(config)
-    ((dataset, _),) = grid.datasets
-    return plan_tasks(grid, grid.models[0], dataset)
 
 
 def test_the_manifest_says_what_a_row_depends_on(place: Path) -> None:

@@ -2,36 +2,23 @@
 
 from __future__ import annotations
 
-import io
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import PIL.Image
 import pytest
 import torch
-from rich.console import Console
+from conftest import Typed
 
-from faithmap import cli, showing
+from faithmap import showing
 from faithmap.records import Sample
 from faithmap.transforms import Prepared
 
-Typed = Callable[..., tuple[int, str]]
 
-
-@pytest.fixture
-def typed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Typed:
-    """Type a command in a folder of its own: its exit code and what it printed."""
+@pytest.fixture(autouse=True)
+def folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Work in a folder of one's own."""
     monkeypatch.chdir(tmp_path)
-
-    def run(*words: object) -> tuple[int, str]:
-        stream = io.StringIO()
-        console = Console(file=stream, width=300)
-        monkeypatch.setattr(cli, "OUT", console)
-        monkeypatch.setattr(cli, "ERR", console)
-        return cli.main([str(word) for word in words]), stream.getvalue()
-
-    return run
 
 
 @pytest.fixture

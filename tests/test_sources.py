@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import io
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -11,31 +10,16 @@ from typing import Any
 
 import pandas as pd
 import pytest
-from rich.console import Console
+from conftest import Typed
 
 import slow_rows
-from faithmap import cli, leaderboard
+from faithmap import leaderboard
 from faithmap.errors import RequestError
 from faithmap.folders import publish, read_runs
 from faithmap.sources import edited, joined, sources, timed_alike
 
-Typed = Callable[..., tuple[int, str]]
 N = 24
 OURS, THEIRS = "scan", "gradcam"
-
-
-@pytest.fixture
-def typed(monkeypatch: pytest.MonkeyPatch) -> Typed:
-    """Type a command: its exit code and what it printed."""
-
-    def run(*words: object) -> tuple[int, str]:
-        stream = io.StringIO()
-        console = Console(file=stream, width=200)
-        monkeypatch.setattr(cli, "OUT", console)
-        monkeypatch.setattr(cli, "ERR", console)
-        return cli.main([str(word) for word in words]), stream.getvalue()
-
-    return run
 
 
 @pytest.fixture(scope="module")

@@ -23,7 +23,7 @@ SHOWN_REASONS = 8
 def rebuild(runs: Sequence[Path], out: Path | None, console: Console) -> int:
     """Write tables and figures again, into the run's folder or another one, and print the board in short."""
     from faithmap.evidence import read_evidence
-    from faithmap.leaderboard import BOARD, read_board, write_boards
+    from faithmap.leaderboard import board_of, write_board
     from faithmap.report.terminal import summary_table
     from faithmap.report.variants import clear_variants, write_variants
 
@@ -34,7 +34,8 @@ def rebuild(runs: Sequence[Path], out: Path | None, console: Console) -> int:
     rows, manifest = read_runs(runs)
     if rows.empty:
         raise RequestError(f"{runs[0]} holds no rows yet; run it first")
-    read_evidence(rows, manifest)  # raises what is wrong with them before anything is replaced
+    cells = read_evidence(rows, manifest)  # raises what is wrong with them before anything is replaced
+    board = board_of(cells)
     target = out or runs[0]
     if out is not None and out.resolve() not in {run.resolve() for run in runs}:
         publish(rows, manifest, out)
@@ -44,13 +45,10 @@ def rebuild(runs: Sequence[Path], out: Path | None, console: Console) -> int:
         clear_variants(target)
         if len(runs) == 1:  # those of several runs are of other methods and images
             copy_variants(runs[0], target)
-    written = [*write_boards(rows, manifest, target), *write_variants(target)]
+    written = [*write_board(cells, board, manifest, target), *write_variants(target)]
     for file in set((target / "figures").glob("cost-*.png")) - set(written):
         file.unlink()  # of an earlier board here
-    board = read_board(target / BOARD)
-    if not timed_alike(manifest):
-        board["ms_per_image"] = float("nan")
-    console.print(summary_table(board))
+    console.print(summary_table(board if timed_alike(manifest) else board.assign(ms_per_image=float("nan"))))
     for file in written:
         console.print(f"wrote {file}", markup=False, highlight=False, soft_wrap=True)
     return 0

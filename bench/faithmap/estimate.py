@@ -56,6 +56,7 @@ def estimate(config: Config, out: str | Path | None = None, *, fresh: bool = Fal
         for dataset, samples in grid.datasets:
             check_labels(dataset, samples, model)
     store = RunStore(out or default_folder(grid))
+    variants = RunStore(store.path / VARIANTS)
     held = None if fresh else store.manifest()
     if held is not None:
         refuse_other_identity(held["identity"], identity(grid), store.path)
@@ -73,7 +74,7 @@ def estimate(config: Config, out: str | Path | None = None, *, fresh: bool = Fal
                 at_most = "at most " if universe.target == "label" else ""
                 for group in groups:
                     if held is not None:
-                        group.find_done(RunStore(store.path / VARIANTS))
+                        group.find_done(variants)
                     total = _added(total, group, at_most) if group.shards else total
     return total
 

@@ -36,8 +36,6 @@ from faithmap.standing import (
     win_field,
 )
 
-#: The table of a board.
-BOARD = "leaderboard.csv"
 #: The page of a board beside published figures.
 BESIDE = "published.md"
 _COUNTS = ("n", "failed", "empty", "rank", "rank_low", "rank_high")
@@ -76,7 +74,7 @@ def build_board(rows: pd.DataFrame, manifest: Mapping[str, Any]) -> pd.DataFrame
     `*_low, *_high` (quartiles for times); a blank means not measured, never zero. Raises
     RequestError for rows without the columns of a run and FaithmapError for contradictory rows.
     """
-    return _board(read_evidence(rows, manifest))
+    return board_of(read_evidence(rows, manifest))
 
 
 def fill_reversals(rows: pd.DataFrame, manifest: Mapping[str, Any]) -> pd.DataFrame:
@@ -153,10 +151,20 @@ def write_boards(
 
     Each file appears whole or not at all, and equal rows and manifest give equal bytes.
     """
-    out = Path(out_dir)
     cells = read_evidence(rows, manifest)
-    board = _board(cells)
-    contents: dict[str, bytes] = {BOARD: board_csv(board).encode()}
+    return write_board(cells, board_of(cells), manifest, out_dir, figures)
+
+
+def write_board(
+    cells: Sequence[Evidence],
+    board: pd.DataFrame,
+    manifest: Mapping[str, Any],
+    out_dir: str | Path,
+    figures: bool = True,
+) -> list[Path]:
+    """`write_boards` for cells that are arranged and a board that is built already."""
+    out = Path(out_dir)
+    contents: dict[str, bytes] = {"leaderboard.csv": board_csv(board).encode()}
     drawn: dict[str, Callable[[], bytes]] = {}
     if figures:
         for cell in cells:
@@ -186,13 +194,6 @@ def board_csv(board: pd.DataFrame) -> str:
     return text.getvalue()
 
 
-def read_board(file: Path) -> pd.DataFrame:
-    """A board from the CSV that it was written to: the same columns, to four decimals."""
-    types = dict.fromkeys(_COUNTS, "Int64") | dict.fromkeys(_TEXTS, "str")
-    board = pd.read_csv(file, keep_default_na=False, na_values=[""], dtype=types)
-    return board.fillna(dict.fromkeys(_TEXTS, ""))
-
-
 def _csv_field(value: Any) -> str:
     if isinstance(value, str):
         return value
@@ -215,7 +216,7 @@ def _write_atomic(path: Path, content: bytes) -> Path:
     return path
 
 
-def _board(cells: Sequence[Evidence]) -> pd.DataFrame:
+def board_of(cells: Sequence[Evidence]) -> pd.DataFrame:
     lines = [line for cell in cells for line in build_lines(cell)]
     present = {column for line in lines for column in line}
     derived = [name for name in [*DERIVED_AFTER, *BEATS.values()] if name in present]
