@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from dataclasses import FrozenInstanceError
@@ -214,9 +215,9 @@ def test_more(case: conformance.Case) -> None:
 def test_the_mark_gives_an_id_for_each_plugin_model_and_check(tmp_path: Path) -> None:
     (tmp_path / "leaky.py").write_text(PLUGIN)
     (tmp_path / "test_mine.py").write_text(THIRD)
-    (tmp_path / "conftest.py").write_text((Path(__file__).parent / "conftest.py").read_text())
     command = [sys.executable, "-m", "pytest", "-v", "-p", "no:cacheprovider", "test_mine.py"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    env = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}  # where `make_cnn` is
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, check=False)
     found = dict(
         line.split("::")[1].split(" ")[:2]
         for line in done.stdout.splitlines()
