@@ -13,7 +13,7 @@ from faithmap import equation_nine as nine
 from faithmap import fitting, reconstruction
 from faithmap.config import parse_spec
 from faithmap.data import load_dataset
-from faithmap.errors import RequestError
+from faithmap.errors import DataError, RequestError
 from faithmap.models import load_model
 from faithmap.registry import get
 from faithmap.stats import bca
@@ -150,6 +150,23 @@ class TestCommand:
         assert nine.main([str(request_file), "--out", str(out)]) == 0
         assert (out / "equation-9.csv").read_text(encoding="utf-8") == "".join([head, *others, *rest])
         assert (out / "equation-9.md").read_text(encoding="utf-8").count("`another/vit`") == 2
+
+    @pytest.mark.parametrize("damage", [",spread", "", ",nan", ",x"])
+    def test_a_damaged_file_is_told_and_left_as_it_is(
+        self, request_file: Path, tmp_path: Path, damage: str
+    ) -> None:
+        file = tmp_path / "equation-9.csv"
+        head = ",".join([*nine.CELL, "image_id", *nine.SCORES])
+        line = "net,shapes,scan,amplified,95.0,a,0.1,0.1,0.1,0.1,0.1"
+        text = (
+            f"{head.removesuffix(damage)}\n{line},0.1\n"
+            if damage == ",spread"
+            else f"{head}\n{line}{damage}\n"
+        )
+        file.write_text(text, encoding="utf-8")
+        with pytest.raises(DataError, match=r"equation-9\.csv is damaged .* delete it"):
+            nine.main([str(request_file), "--out", str(tmp_path)])
+        assert file.read_text(encoding="utf-8") == text and not list(tmp_path.glob("*.md"))
 
     def test_a_decoder_that_is_not_there_is_told_with_the_command(
         self, request_file: Path, tmp_path: Path

@@ -47,6 +47,17 @@ def test_the_dry_run_leaves_out_what_is_stored(place: Path, monkeypatch: pytest.
         estimate(config.with_run(seed=5), "run")
 
 
+def test_the_dry_run_refuses_a_folder_that_the_run_would_refuse(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(place)
+    Path("thesis").mkdir()
+    Path("thesis", "thesis.tex").write_text("years of work")
+    for fresh in (False, True):
+        with pytest.raises(RequestError, match="thesis is not empty and holds no run"):
+            estimate(load_config("small.toml"), "thesis", fresh=fresh)
+
+
 def tasks_of(config: Config) -> list[Task]:
     grid = make_grid(config)
     ((dataset, _),) = grid.datasets

@@ -101,6 +101,22 @@ def test_machines_are_told_apart(changes: dict[str, Any], alike: bool) -> None:
     assert timed_alike(one | {"sources": [*sources(one), *sources(two)]}) is alike
 
 
+def test_times_of_a_few_images_may_join_the_scores_of_all(
+    rows: pd.DataFrame, pair: tuple[Path, Path], tmp_path: Path
+) -> None:
+    """`cost` times the first images alone: a run of nothing else holds fewer of them by its nature."""
+    few = rows[rows["spec"] == "cost-1"]
+    assert 0 < few["image_id"].nunique() < N
+    timed = put(few, manifest(OURS), tmp_path / "timed")
+    found, _ = read_runs([put(rows[rows["spec"] != "cost-1"], manifest(OURS), tmp_path / "scored"), timed])
+    assert found[found["spec"] == "cost-1"]["image_id"].nunique() < found["image_id"].nunique() == N
+    fewer = rows[rows["image_id"].isin(sorted(rows["image_id"].unique())[: N - 1])]
+    with pytest.raises(
+        RequestError, match=f"holds {N - 1} images of 'shapes'.*{N}, of which {N - 1} are the"
+    ):
+        read_runs([pair[0], put(fewer, manifest(OURS), tmp_path / "fewer")])
+
+
 def test_a_run_that_took_no_times_mixes_none() -> None:
     one, two = manifest(OURS), manifest(THEIRS, cpu="")
     two["metrics"] = [entry for entry in two["metrics"] if entry["name"] != "cost"]

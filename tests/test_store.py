@@ -14,7 +14,7 @@ import pytest
 from faithmap.errors import FaithmapError, RequestError
 from faithmap.folders import publish, read_run, read_runs
 from faithmap.records import Row
-from faithmap.store import KEY_COLUMNS, RunStore
+from faithmap.store import ESSENTIAL, KEY_COLUMNS, RunStore
 
 
 def row(image: str = "a", metric: str = "auc_d", value: float | None = 1.5, **changes: object) -> Row:
@@ -37,7 +37,7 @@ def manifest(**identity: object) -> dict[str, object]:
     return {
         "identity": {**whole, **identity}, "models": {"m": {}}, "datasets": {"d": {}},
         "explainers": {"e": {}}, "metrics": [{"spec": "perturbation/1"}], "cells": ["cell"],
-        "request": {"models": ["m"], "datasets": ["d"], "explainers": ["e"]},
+        "settings": {}, "request": {"models": ["m"], "datasets": ["d"], "explainers": ["e"]},
     }  # fmt: skip
 
 
@@ -88,7 +88,9 @@ def test_damage_is_named(store: RunStore) -> None:
     (store.path / "manifest.json").write_text("{")
     with pytest.raises(FaithmapError, match=r"manifest\.json is damaged"):
         store.manifest()
-    for content in ("{}", "[]", '{"identity": {}}'):
+    whole = {key: kind() for key, kind in ESSENTIAL.items()}
+    spoiled = [json.dumps({k: v for k, v in whole.items() if k != key}) for key in whole]
+    for content in ("{}", "[]", '{"identity": {}}', *spoiled, json.dumps({**whole, "cells": None})):
         (store.path / "manifest.json").write_text(content)
         with pytest.raises(FaithmapError, match=r"manifest\.json is no manifest of a run"):
             store.manifest()
@@ -115,6 +117,9 @@ def test_folders_of_something_else_are_left_alone(tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").write_text("years of work")
     with pytest.raises(RequestError, match="is not empty and holds no run"):
         RunStore(tmp_path).create()
+    with pytest.raises(RequestError, match=r"thesis\.tex is a file"):
+        RunStore(tmp_path / "thesis.tex").create()
+    assert [file.name for file in tmp_path.iterdir()] == ["thesis.tex"]
 
 
 def test_a_run_may_lie_beside_its_request(tmp_path: Path) -> None:

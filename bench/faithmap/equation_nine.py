@@ -198,9 +198,21 @@ def page(lines: Sequence[Mapping[str, Any]]) -> str:
 
 
 def read_lines(file: Path) -> list[dict[str, str]]:
-    """The lines of a file that was written here."""
-    with file.open(newline="", encoding="utf-8") as opened:
-        return list(csv.DictReader(opened))
+    """The lines of a file that was written here.
+
+    Raises:
+        DataError: it is another file, or damaged.
+    """
+    names = [*CELL, "image_id", *SCORES]
+    try:
+        with file.open(newline="", encoding="utf-8") as opened:
+            lines = list(csv.DictReader(opened))
+        whole = all(list(line) == names and None not in line.values() for line in lines)
+        if not whole or not all(math.isfinite(float(line[name])) for line in lines for name in SCORES):
+            raise ValueError(f"not every line has finite {', '.join(SCORES)} behind {', '.join(CELL)}")
+    except (ValueError, csv.Error) as error:
+        raise DataError(f"{file} is damaged ({error}); delete it and measure all models again") from error
+    return lines
 
 
 def write_lines(file: Path, lines: Sequence[Mapping[str, Any]]) -> None:
@@ -239,6 +251,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options.out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise RequestError(f"--out {options.out}: no folder can be made there ({error})") from error
+    if (options.out / FILES[0]).is_file():
+        read_lines(options.out / FILES[0])  # raises before anything is measured
     grid, _ = fit_wanted(grid, Silent())  # one that fails is told with its reason
     apply_settings(grid, resolve_settings(grid, None))
     lines = list(lines_of(grid))

@@ -47,7 +47,8 @@ def estimate(config: Config, out: str | Path | None = None, *, fresh: bool = Fal
         fresh: they would be dropped.
 
     Raises:
-        RequestError: the request is wrong, or the folder holds a run that it does not go with.
+        RequestError: the request is wrong, or the folder holds a run that it does not go with, or no run
+            at all but other files.
     """
     grid = make_grid(config)
     multiverse.check(grid)
@@ -57,6 +58,7 @@ def estimate(config: Config, out: str | Path | None = None, *, fresh: bool = Fal
             check_labels(dataset, samples, model)
     store = RunStore(out or default_folder(grid))
     variants = RunStore(store.path / VARIANTS)
+    store.refuse_foreign()
     held = None if fresh else store.manifest()
     if held is not None:
         refuse_other_identity(held["identity"], identity(grid), store.path)

@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 
 from faithmap.errors import FaithmapError, RequestError
-from faithmap.sources import joined, refuse_other_meanings
+from faithmap.sources import COST, joined, refuse_other_meanings
 from faithmap.store import KEY_COLUMNS, MANIFEST, SCHEMA, RunStore, write_table
 
 if TYPE_CHECKING:
@@ -93,7 +93,8 @@ def read_runs(paths: Sequence[str | Path]) -> tuple[pd.DataFrame, dict[str, Any]
         merged["cells"] = list(dict.fromkeys([*merged["cells"], *other["cells"]]))
     if len(read) > 1:
         merged["sources"] = joined([manifest for _, manifest in read])
-    _refuse_other_images(paths, [rows for rows, _ in read])
+    timings = [entry["spec"] for entry in merged["metrics"] if entry.get("name") == COST]
+    _refuse_other_images(paths, [rows[~rows["spec"].isin(timings)] for rows, _ in read])
     rows = pd.concat([rows for rows, _ in read], ignore_index=True)
     return rows.drop_duplicates(KEY_COLUMNS).sort_values(
         KEY_COLUMNS, kind="stable", ignore_index=True
@@ -128,7 +129,10 @@ def _refuse_mixture(first: Mapping[str, Any], other: Mapping[str, Any], path: st
 
 
 def _refuse_other_images(paths: Sequence[str | Path], tables: Sequence[pd.DataFrame]) -> None:
-    """Methods are compared on the same images: another limit, part or folder makes another board."""
+    """Methods are compared on the same images: another limit, part or folder makes another board.
+
+    Times, which are taken on a few of the images only, are not among the rows.
+    """
     seen: dict[str, tuple[str | Path, set[str]]] = {}
     for path, rows in zip(paths, tables, strict=True):
         for dataset, ids in rows.groupby("dataset", observed=True)["image_id"]:

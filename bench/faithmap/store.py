@@ -39,8 +39,11 @@ KEY_COLUMNS = [
     "model", "dataset", "explainer", "params", "map_grid", "seed", "spec", "image_id", "metric",
 ]  # fmt: skip
 MANIFEST = "manifest.json"
-#: What every manifest holds, and nothing can be done without.
-ESSENTIAL = ("identity", "cells")
+#: What every manifest holds, and boards are made of.
+ESSENTIAL = {
+    "identity": dict, "settings": dict, "request": dict, "models": dict, "datasets": dict,
+    "explainers": dict, "metrics": list, "cells": list,
+}  # fmt: skip
 UNFINISHED = ".unfinished"
 PREVIEWS = "previews"
 LOCK = ".lock"
@@ -60,32 +63,41 @@ class RunStore:
         """Where the rows lie."""
         return self.path / "rows"
 
+    def refuse_foreign(self) -> None:
+        """Refuse a folder of something else, or a file.
+
+        Raises:
+            RequestError: it holds files, other than requests, and no run.
+        """
+        if self.path.exists() and not self.path.is_dir():
+            raise RequestError(f"{self.path} is a file; name a folder with --out")
+        held = [self.path / name for name in (MANIFEST, LOCK) if (self.path / name).exists()]
+        if held or self.rows_path.is_dir() or not self.path.is_dir():
+            return
+        # A request may lie beside what it makes.
+        try:
+            foreign = any(entry.suffix != ".toml" for entry in self.path.iterdir())
+        except OSError as error:
+            raise _unusable(self.path, error) from error
+        if foreign:
+            raise RequestError(
+                f"{self.path} is not empty and holds no run; name another folder with --out, or empty it"
+            )
+
     def create(self) -> None:
         """Make the folder.
 
         Raises:
             RequestError: it cannot be made or written to, or is a folder of something else.
         """
+        self.refuse_foreign()
         try:
-            # A request may lie beside what it makes.
-            held = (
-                [entry for entry in self.path.iterdir() if entry.suffix != ".toml"]
-                if self.path.is_dir()
-                else []
-            )
-            foreign = bool(held) and not (self.path / MANIFEST).exists()
-            if foreign and not self.rows_path.is_dir() and not (self.path / LOCK).exists():
-                raise RequestError(
-                    f"{self.path} is not empty and holds no run; name another folder with --out, or empty it"
-                )
             self.rows_path.mkdir(parents=True, exist_ok=True)
             probe = self.path / f".probe{UNFINISHED}"
             probe.write_bytes(b"")
             probe.unlink()
         except OSError as error:
-            raise RequestError(
-                f"cannot write to {self.path} ({error.strerror or error}); name another folder with --out"
-            ) from error
+            raise _unusable(self.path, error) from error
 
     @contextmanager
     def locked(self) -> Iterator[None]:
@@ -193,7 +205,8 @@ class RunStore:
             raise FaithmapError(
                 f"{file} is damaged ({error}); restore it, or run again with --fresh"
             ) from error
-        missing = [key for key in ESSENTIAL if not isinstance(content, dict) or key not in content]
+        held = content if isinstance(content, dict) else {}
+        missing = [key for key, kind in ESSENTIAL.items() if not isinstance(held.get(key), kind)]
         if missing:
             raise FaithmapError(
                 f"{file} is no manifest of a run (it has no '{missing[0]}'); restore it, or run again with "
@@ -205,6 +218,10 @@ class RunStore:
         """Replace the manifest, atomically."""
         text = json.dumps(content, indent=2, sort_keys=False, ensure_ascii=False) + "\n"
         write_bytes(self.path / MANIFEST, text.encode())
+
+
+def _unusable(path: Path, error: OSError) -> RequestError:
+    return RequestError(f"cannot write to {path} ({error.strerror or error}); name another folder with --out")
 
 
 def frame(files: Sequence[Path]) -> pd.DataFrame:
