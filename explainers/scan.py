@@ -145,6 +145,23 @@ class Scan:
         self.training_class, self.output = training_class, output
         self._decoder: Decoder | None = None
 
+    def as_default(self, model: Model) -> set[str]:
+        """Which of `layer` and `width` say what their defaults stand for on a model."""
+        from faithmap.decoders import default_width
+        from faithmap.errors import RequestError
+        from faithmap.gradient_masks import analysed_layer, layout_of
+
+        same = set()
+        try:
+            layers = [model.layer(analysed_layer(model, place)) for place in (self.layer, None)]
+            if layers[0] is layers[1]:
+                same.add("layer")
+            if self.width == default_width(layout_of(model, self.layer)):
+                same.add("width")
+        except RequestError:  # no such layer, or none with features: told where the decoder is made
+            pass
+        return same
+
     def __call__(self, model: Model, batch: Batch) -> Maps:
         """Maps (B, H, W): the confidence in [0, 1], or the reconstruction's error.
 

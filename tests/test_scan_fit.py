@@ -14,11 +14,11 @@ from conftest import inside, make_batch
 from scan_fits import Data, KilledError, Session, curve_of, make_data, make_scan
 from torch import Tensor, nn
 
-from faithmap import gradient_masks, registry, seen_features
+from faithmap import fitting, gradient_masks, registry, seen_features
 from faithmap.batch import Batch
 from faithmap.context import Context
 from faithmap.errors import FaithmapError, RequestError
-from faithmap.models import Model
+from faithmap.models import Model, load_model
 
 
 class TestFit:
@@ -220,6 +220,24 @@ class TestFit:
         data, session = make_data(cnn), Session()
         make_scan().fit(cnn, Short(data.images, data.labels), session, epochs=2, batch_size=4)
         assert sorted(session.curve) == [1, 3]
+
+
+@pytest.mark.parametrize(
+    ("name", "own", "other"),
+    [("shapes/resnet", "stage:-1", "stage:-2"), ("shapes/vit", "block:6/12", "block:9/12")],
+)
+def test_a_decoder_serves_whoever_spells_out_the_defaults(name: str, own: str, other: str) -> None:
+    """The decoder that ships for a model, by its width and its layer's names, and nothing else by them."""
+    model, scan = load_model(name), registry.get("explainer", "scan")
+    shipped = fitting.find(scan, scan.check({}), model)
+    assert shipped is not None
+    dotted = gradient_masks.layout_of(model).layer
+    for same in ({"width": 0.25}, {"layer": own}, {"layer": dotted}, {"layer": dotted, "width": 0.25}):
+        assert fitting.find(scan, scan.check(same), model) == shipped, same
+    for different in ({"width": 0.5}, {"layer": other}, {"width": 0.25, "layer": other}):
+        assert fitting.find(scan, scan.check(different), model) is None, different
+    # Where there is no such layer, the key says so little as before: the message comes with the decoder.
+    assert scan.make({"layer": "nowhere", "width": 0.25}).as_default(model) == set()
 
 
 class Redness(nn.Module):

@@ -13,6 +13,8 @@ Such an explainer is a class:
   [0, 1], for `faithmap explain` and `faithmap.reconstruct`.
 - `fit_when` (optional, of the class): the parameters that ask for a fit, where the default ones do not;
   messages name them.
+- `as_default(self, model) -> names` (optional): the parameters whose value is what their default stands for
+  on that model; a fit of the one serves the other.
 - `numbers_used(self, tensors) -> int` (optional): how many of the numbers that are kept it explains with.
 - `counts` (optional, of the class): columns of the curve that count images of a step, and what is true of
   these images, such as a fallback; the record keeps their sums, and `faithmap train` ends with them.
@@ -155,14 +157,20 @@ def served_key(plugin: Plugin, params: Mapping[str, Any], model: Model) -> str:
     """The key of what a fit serves: explainer, version, the model's weights, input and layer, parameters.
 
     What a model is shown is part of its input: squeezed or cropped images are other ones to a decoder.
+    A parameter that spells out what its default stands for is the default.
     """
     try:
         place: tuple[Any, ...] = (model.target_layer, model.grid, model.family)
     except RequestError:  # no spatial features
         place = (model.family,)
+    kept = fit_params(plugin, params)
+    spelled = getattr(plugin.target, "as_default", None)
+    if spelled is not None:
+        usual = {key: plugin.parameters[key] for key in spelled(plugin.make(params), model)}
+        kept |= {key: value for key, value in usual.items() if key in kept}
     return digest(
         plugin.name, plugin.facts.version, model.weights_digest(), model.mean.flatten().tolist(),
-        model.std.flatten().tolist(), repr(model.transform), place, fit_params(plugin, params), length=12,
+        model.std.flatten().tolist(), repr(model.transform), place, kept, length=12,
     )  # fmt: skip
 
 
