@@ -204,6 +204,15 @@ class TestFigures:
         figures.curves_figure(_format.records(board), curves, "here")
         assert drawn == [first]
 
+    @pytest.mark.parametrize("curve", [np.ones(0), np.full(9, np.nan)])
+    def test_without_curves_no_figure_shows_them(self, board: pd.DataFrame, curve: np.ndarray) -> None:
+        from faithmap.report.figures import Curves
+
+        board = board.assign(model="net", dataset="images")
+        for drawn, there in ((curve, False), (np.ones(9), True)):
+            made = cell_figures(board, Curves({board["explainer"][0]: {"pos_auc": drawn}}), "net", "images")
+            assert ("curves-net-images.png" in made) is there
+
     def test_names_of_files(self) -> None:
         assert _format.file_stem("hf/a b", "cub-200") == "hf-a-b-cub-200"
 

@@ -63,7 +63,7 @@ def cell_figures(
     lines = sorted(here, key=by_rank)
     where, stem = f"{model} on {dataset}", file_stem(model, dataset)
     made: dict[str, Callable[[], bytes]] = {}
-    if curves.lines:
+    if _with_curves(lines, curves):
         made[f"curves-{stem}.png"] = partial(curves_figure, lines, curves, where)
     if costs and any(known(line["auc_d"]) and known(line["ms_per_image"]) for line in lines):
         made[f"cost-{stem}.png"] = partial(cost_figure, lines, where)
@@ -72,13 +72,17 @@ def cell_figures(
 
 def curves_figure(lines: Sequence[Line], curves: Curves, where: str) -> bytes:
     """Mean agreement against the share of pixels removed, a panel for each order, as a PNG."""
-    # A method that is not defined here has curves without a value.
-    shown = [
+    shown = _with_curves(lines, curves)
+    return drawn(partial(_draw_curves, shown, curves, where), height=max(4.2, 1.6 + 0.18 * len(shown)))
+
+
+def _with_curves(lines: Sequence[Line], curves: Curves) -> list[Line]:
+    """The lines with something to draw: a method that is not defined here has curves without a value."""
+    return [
         line
         for line in lines
         if any(np.isfinite(curve).any() for curve in curves.lines.get(line["explainer"], {}).values())
     ]
-    return drawn(partial(_draw_curves, shown, curves, where), height=max(4.2, 1.6 + 0.18 * len(shown)))
 
 
 def cost_figure(lines: Sequence[Line], where: str) -> bytes:
