@@ -11,6 +11,7 @@ import pytest
 import torch
 from conftest import make_cnn
 
+from faithmap import pictures, transforms
 from faithmap.data import (
     LoadedDataset,
     check_labels,
@@ -127,6 +128,74 @@ def test_the_geometry_is_timms_for_what_is_no_square(size: tuple[int, int], crop
     )
     ours = prepare(Sample("a", picture), Transform((24, 32), crop_pct, "bicubic")).image
     assert torch.allclose(ours, reference(picture), atol=1e-6)
+
+
+@pytest.mark.parametrize("size", [(300, 200), (200, 300), (64, 64), (20, 30)])
+@pytest.mark.parametrize("crop_pct", [1.0, 0.9, 0.7])
+def test_squashing_is_timms(size: tuple[int, int], crop_pct: float) -> None:
+    from timm.data import create_transform
+
+    small = np.random.default_rng(0).integers(0, 255, (8, 8, 3), dtype=np.uint8)
+    picture = PIL.Image.fromarray(small).resize(size[::-1], PIL.Image.Resampling.BILINEAR)
+    reference = create_transform(
+        (3, 32, 32),
+        interpolation="bicubic",
+        crop_pct=crop_pct,
+        crop_mode="squash",
+        mean=(0,) * 3,
+        std=(1,) * 3,
+    )
+    ours = prepare(Sample("a", picture), Transform((32, 32), crop_pct, "bicubic", "squash")).image
+    assert torch.allclose(ours, reference(picture), atol=1e-6)
+
+
+@pytest.mark.parametrize("size", [(1, 700), (700, 1), (3, 1200)])
+@pytest.mark.parametrize("crop_pct", [1.0, 0.875])
+def test_long_images_are_resized_within_the_crop_alone(size: tuple[int, int], crop_pct: float) -> None:
+    """Which is the same as resizing all of them, and does not take the memory of that."""
+    noise = np.random.default_rng(0).integers(0, 255, (*size, 3), dtype=np.uint8)
+    picture, transform = PIL.Image.fromarray(noise), Transform((32, 32), crop_pct, "bicubic")
+    plan = geometry(size, transform)
+    assert np.prod(plan.resized) > transforms.LONG * 32 * 32
+    whole = np.asarray(picture.resize(plan.resized[::-1], PIL.Image.Resampling.BICUBIC))
+    (top, left), mask = plan.offset, torch.from_numpy(noise[..., 0] > 127)
+    prepared = prepare(Sample("a", picture, mask=mask), transform)
+    expected = torch.from_numpy(whole[top : top + 32, left : left + 32].copy()).permute(2, 0, 1) / 255
+    assert (prepared.image - expected).abs().max() <= 1.01 / 255  # coefficients are rounded otherwise
+    assert (prepared.image != expected).float().mean() < 0.05
+    rows, columns = ((torch.arange(n) + 0.5) * o / n for n, o in zip(plan.resized, size, strict=True))
+    moved = mask[rows.long()][:, columns.long()][top : top + 32, left : left + 32]
+    assert prepared.mask is not None and torch.equal(prepared.mask, moved)
+    endless = PIL.Image.new("RGB", (1, 60000), "teal")  # 9 GB if all of it were resized
+    seen = prepare(Sample("b", endless), Transform((224, 224))).image
+    assert seen.shape == (3, 224, 224) and torch.allclose(seen[:, 0, 0] * 255, torch.tensor([0.0, 128, 128]))
+
+
+@pytest.mark.parametrize("lazy", [False, True])
+def test_a_file_is_read_as_a_viewer_shows_it(tmp_path: Path, lazy: bool) -> None:
+    """Upright, in 8 bits, on white, or refused: whoever gives its path, as `faithmap explain` does."""
+    colour = np.zeros((20, 40, 3), np.uint8)
+    colour[:, :10] = (255, 0, 0)  # a red stripe on the left, which lies on top once the image is upright
+    exif = PIL.Image.Exif()
+    exif[pictures.ORIENTATION] = 6
+    PIL.Image.fromarray(colour).save(tmp_path / "turned.png", exif=exif)
+    grey = np.full((8, 8), 20000, np.uint16)
+    PIL.Image.fromarray(grey).save(tmp_path / "sixteen.png")
+    PIL.Image.new("RGBA", (8, 8), (0, 200, 0, 0)).save(tmp_path / "clear.png")
+    PIL.Image.fromarray(np.zeros((8, 8), np.float32)).save(tmp_path / "floats.tif")
+
+    def read(name: str, size: tuple[int, int] = (8, 8)) -> torch.Tensor:
+        file = tmp_path / name
+        return prepare(Sample(name, (lambda: file) if lazy else file), Transform(size)).image
+
+    upright = read("turned.png", (40, 20))
+    assert (upright[0, :10] == 1).all() and (upright[0, 10:] == 0).all()
+    assert torch.allclose(read("sixteen.png"), torch.tensor(20000 / 65535), atol=0.5 / 255)
+    assert (read("clear.png") == 1).all()
+    with pytest.raises(DataError, match=r"'floats\.tif' cannot be read: .*unknown range"):
+        read("floats.tif")
+    with pytest.raises(DataError, match=r"'gone\.png' cannot be read: .*gone\.png"):
+        read("gone.png")
 
 
 @pytest.mark.parametrize("size", [(300, 200), (200, 300), (100, 100), (40, 37)])

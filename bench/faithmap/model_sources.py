@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from faithmap.errors import RequestError, nearest
-from faithmap.models import Model
+from faithmap.models import CROP_MODES, Model
 
 COMMON_KEYS = (
     "weights", "pretrained", "mean", "std", "input_size", "crop_pct", "interpolation", "crop_mode",
@@ -178,10 +178,16 @@ def _timm(name: str, params: Mapping[str, Any]) -> tuple[nn.Module, dict[str, An
             raise
         raise unavailable(f"timm/{name}", error) from error
     config = resolve_model_data_config(module)
+    mode = config.get("crop_mode") or "center"
+    if mode not in CROP_MODES and "crop_mode" not in params:
+        raise RequestError(
+            f"timm/{name} is evaluated with crop_mode '{mode}', which is not known here; give "
+            f"crop_mode = one of {', '.join(CROP_MODES)}"
+        )
     return module, {
         "mean": config["mean"], "std": config["std"], "input_size": config["input_size"][1:],
         "crop_pct": config["crop_pct"], "interpolation": config["interpolation"],
-        "crop_mode": "squash" if config.get("crop_mode") == "squash" else "center",
+        "crop_mode": mode,
     }  # fmt: skip
 
 

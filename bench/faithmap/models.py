@@ -68,14 +68,18 @@ class Meter:
         self._backwards = self._backwards + other.backwards
 
 
+#: How an image comes to a model's size.
+CROP_MODES = ("center", "squash")
+
+
 @dataclass(frozen=True)
 class Transform:
-    """A model's evaluation transform: resize the shorter side to `size / crop_pct`, crop the centre."""
+    """A model's evaluation transform, as timm's: resize to `size / crop_pct`, then crop the centre."""
 
     size: tuple[int, int]
     crop_pct: float = 1.0
     interpolation: str = "bicubic"
-    #: "center": shorter side resized, then cropped; "squash": both sides resized, no crop.
+    #: "center": the shorter side is resized to that, in proportion; "squash": both sides are.
     mode: str = "center"
 
 
@@ -125,6 +129,8 @@ class Model(nn.Module):
             raise RequestError(f"input_size is {input_size!r}; expected a side in pixels or (height, width)")
         if not 0 < crop_pct <= 1:
             raise RequestError(f"crop_pct is {crop_pct!r}; expected a share above 0, up to 1")
+        if crop_mode not in CROP_MODES:
+            raise RequestError(f"crop_mode is {crop_mode!r}; {nearest(str(crop_mode), CROP_MODES)}")
         self.transform = Transform((int(size[0]), int(size[1])), crop_pct, interpolation, crop_mode)
         self.mean: Tensor
         self.std: Tensor

@@ -126,10 +126,11 @@ class Sample:
 
     #: Unique within the dataset, the same on every machine and at every limit.
     id: str
-    #: A path, a PIL image, or a float tensor (3, H, W) with values in [0, 1].
+    #: A path, a PIL image, or a float tensor (3, H, W) with values in [0, 1]. A file is read as a viewer
+    #: shows it: turned as its EXIF says, see-through parts on white, 16 bits scaled to 8.
     image: Path | PIL.Image.Image | torch.Tensor | Callable[[], Any]
     label: int | None = None
-    #: (K, 4) `x0, y0, x1, y1` in pixels of the stored image, all of the labelled class.
+    #: (K, 4) `x0, y0, x1, y1` in pixels of the image as it is read, all of the labelled class.
     boxes: torch.Tensor | Callable[[], torch.Tensor] | None = None
     #: Bool (H, W), true on the labelled object.
     mask: torch.Tensor | Callable[[], torch.Tensor] | None = None

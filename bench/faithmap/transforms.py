@@ -14,6 +14,7 @@ from torch import Tensor
 
 from faithmap.errors import DataError
 from faithmap.models import Transform
+from faithmap.pictures import Picture, to_rgb
 from faithmap.records import Sample
 
 RESAMPLING = {
@@ -22,6 +23,9 @@ RESAMPLING = {
     "nearest": PIL.Image.Resampling.NEAREST,
     "lanczos": PIL.Image.Resampling.LANCZOS,
 }
+
+#: An image whose resize has so many times the pixels of its crop is resized within the crop alone.
+LONG = 16
 
 
 @dataclass(frozen=True)
@@ -33,6 +37,24 @@ class Geometry:
     #: (top, left) of the crop in the resized image; negative where the image is smaller.
     offset: tuple[int, int]
     size: tuple[int, int]
+
+    def window(self) -> tuple[slice, slice]:
+        """Rows and columns of the resized image that the crop shows."""
+        rows, columns = (
+            slice(max(start, 0), min(start + length, whole))
+            for start, length, whole in zip(self.offset, self.size, self.resized, strict=True)
+        )
+        return rows, columns
+
+    def padding(self) -> tuple[int, int, int, int]:
+        """Pixels of the crop beyond the resized image: left, right, top, bottom."""
+        (top, left), (height, width) = self.offset, self.size
+        return (
+            max(-left, 0),
+            max(left + width - self.resized[1], 0),
+            max(-top, 0),
+            max(top + height - self.resized[0], 0),
+        )
 
 
 @dataclass(frozen=True)
@@ -50,10 +72,10 @@ class Prepared:
 def geometry(source: tuple[int, int], transform: Transform) -> Geometry:
     """How a transform maps an image: torchvision's rounding of the resize and of the centre crop."""
     height, width = transform.size
-    if transform.mode == "squash":
-        return Geometry(source, transform.size, (0, 0), transform.size)
     short = math.floor(min(height, width) / transform.crop_pct)
-    if height != width:
+    if transform.mode == "squash":
+        resized = (math.floor(height / transform.crop_pct), math.floor(width / transform.crop_pct))
+    elif height != width:
         # A crop that is no square: as small as covers both sides by their crop share, as timm does.
         sides = (math.floor(height / transform.crop_pct), math.floor(width / transform.crop_pct))
         ratio = min(side / target for side, target in zip(source, sides, strict=True))
@@ -74,7 +96,7 @@ def prepare(sample: Sample, transform: Transform) -> Prepared:
             sample is named.
     """
     try:
-        picture = _resolve(sample.image)
+        picture = _picture(sample.image)
         boxes, mask = _resolve(sample.boxes), _resolve(sample.mask)
         size = picture_size(picture)
         plan = geometry(size, transform)
@@ -87,10 +109,17 @@ def prepare(sample: Sample, transform: Transform) -> Prepared:
         raise DataError(f"image '{sample.id}' cannot be read: {lines[0]}") from error
 
 
-def _resolve(value: Any) -> Any:
+def _picture(value: Any) -> PIL.Image.Image | Tensor:
+    """A file as a viewer shows it, upright; an image in memory as it is, in RGB."""
     if isinstance(value, str | Path):
-        with PIL.Image.open(value) as image:
-            return image.convert("RGB")
+        return Picture(Path(value)).image()
+    value = _resolve(value)
+    if isinstance(value, str | Path):
+        return Picture(Path(value)).image()
+    return to_rgb(value) if isinstance(value, PIL.Image.Image) else value
+
+
+def _resolve(value: Any) -> Any:
     return value() if callable(value) else value
 
 
@@ -109,27 +138,24 @@ def _image(picture: PIL.Image.Image | Tensor, plan: Geometry, interpolation: str
             return picture.float().clamp(0, 1)
         array = (picture.float().clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy()
         picture = PIL.Image.fromarray(array)
-    picture = picture.convert("RGB")
-    if plan.resized != plan.source:
-        picture = picture.resize(plan.resized[::-1], RESAMPLING[interpolation])
+    rows, columns = plan.window()
+    if math.prod(plan.resized) > LONG * math.prod(plan.size):
+        picture = _resized_within(picture, plan, interpolation)
+    else:
+        if plan.resized != plan.source:
+            picture = picture.resize(plan.resized[::-1], RESAMPLING[interpolation])
+        picture = picture.crop((columns.start, rows.start, columns.stop, rows.stop))
     tensor = torch.from_numpy(np.array(picture)).permute(2, 0, 1).float() / 255
-    return _crop(tensor, plan).contiguous()
+    return torch.nn.functional.pad(tensor, plan.padding()).contiguous()
 
 
-def _crop(tensor: Tensor, plan: Geometry) -> Tensor:
-    """Cut the crop out of (..., h, w), padding with zeros where the image does not reach."""
-    top, left = plan.offset
-    height, width = plan.size
-    padding = (
-        max(-left, 0),
-        max(left + width - plan.resized[1], 0),
-        max(-top, 0),
-        max(top + height - plan.resized[0], 0),
-    )
-    if any(padding):
-        tensor = torch.nn.functional.pad(tensor, padding)
-        top, left = max(top, 0), max(left, 0)
-    return tensor[..., top : top + height, left : left + width]
+def _resized_within(picture: PIL.Image.Image, plan: Geometry, interpolation: str) -> PIL.Image.Image:
+    """What the crop shows of a resize that is too large to be made: of images a few pixels wide, or tall."""
+    rows, columns = plan.window()
+    down, across = (old / new for old, new in zip(plan.source, plan.resized, strict=True))
+    box = (columns.start * across, rows.start * down, columns.stop * across, rows.stop * down)
+    size = (columns.stop - columns.start, rows.stop - rows.start)
+    return picture.resize(size, RESAMPLING[interpolation], box=box)
 
 
 def _boxes(boxes: Any, plan: Geometry) -> Tensor | None:
@@ -152,6 +178,8 @@ def _mask(mask: Any, plan: Geometry) -> Tensor | None:
     mask = torch.as_tensor(mask).bool()
     if tuple(mask.shape) != plan.source:
         raise DataError(f"its mask has shape {tuple(mask.shape)}, the image {plan.source}")
-    rows = ((torch.arange(plan.resized[0]) + 0.5) * plan.source[0] / plan.resized[0]).long()
-    columns = ((torch.arange(plan.resized[1]) + 0.5) * plan.source[1] / plan.resized[1]).long()
-    return _crop(mask[rows][:, columns], plan)
+    below = [
+        ((torch.arange(seen.start, seen.stop) + 0.5) * old / new).long()
+        for seen, old, new in zip(plan.window(), plan.source, plan.resized, strict=True)
+    ]
+    return torch.nn.functional.pad(mask[below[0]][:, below[1]], plan.padding())
