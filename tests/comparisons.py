@@ -58,8 +58,8 @@ def manifest(
     return made
 
 
-def sections(rows: pd.DataFrame, made: Mapping[str, Any], *wanted: str) -> list[Section]:
-    return compare(read_evidence(rows, made), chosen_figures(wanted or (TABLE,)), resamples=300)
+def sections(rows: pd.DataFrame, made: Mapping[str, Any], *wanted: str, named: bool = False) -> list[Section]:
+    return compare(read_evidence(rows, made), chosen_figures(wanted or (TABLE,)), named=named, resamples=300)
 
 
 def only(found: Sequence[Section]) -> Comparison:

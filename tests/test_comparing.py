@@ -24,6 +24,7 @@ from comparisons import (
 )
 
 import slow_comparison
+import slow_rows
 from faithmap import comparing, stats
 from faithmap.comparing import chosen_figures
 from faithmap.errors import RequestError
@@ -310,13 +311,82 @@ class TestScope:
         [
             ("scan-2062", "no figures of 'scan-2062' are kept here; did you mean 'scan-2026'"),
             ("scan-2026:table11", "'scan-2026' has no table 'table11'; did you mean 'table1'"),
-            ("scan-2026:table4", "'scan-2026:table4' cannot be set beside a board: fewer than three methods"),
-            ("scan-2026:section4.1.1", "cannot be set beside a board: the model is not stated"),
         ],
     )
     def test_what_cannot_be_compared_is_refused(self, wanted: str, message: str) -> None:
         with pytest.raises(RequestError, match=re.escape(message)):
             chosen_figures([wanted])
+
+    def test_too_few_images_are_the_reason_where_they_are(self) -> None:
+        names = ("layercam", "gradcam++", "xgradcam")
+
+        def few(name: str, image: int) -> float | None:
+            return float(image) if image < 3 else None
+
+        (section,) = sections(planted(falling(names), value=few), manifest(names))
+        assert section.missing["auc_d"] == (
+            "fewer than three methods in both (none); xgradcam, gradcam++, layercam: has the score on 3 "
+            "images; 8 are needed"
+        )
+
+    def test_a_table_that_is_asked_for_shows_values_without_an_order(self) -> None:
+        """Table 4 has two methods; what stands beside a setting is the score that answers it there."""
+        names = ("layercam", "scan")
+        metrics = [
+            metric("perturbation", PERTURBATION, "auc_d@label", "neg_auc@label", "pos_auc@label"),
+            metric("sanity", {}, "sanity_self", "sanity_class_gap"),
+        ]
+        rows = [
+            planted(falling(names), score=score, spec=spec, seed=seed)
+            for seed, (score, spec) in enumerate((
+                ("auc_d@label", "perturbation/1"), ("neg_auc@label", "perturbation/1"),
+                ("pos_auc@label", "perturbation/1"), ("sanity_self", "sanity/1"),
+            ))
+        ]  # fmt: skip
+        table = (pd.concat(rows), manifest(names, metrics), "scan-2026:table4")
+        assert not any(section.comparisons for section in sections(*table))
+        found = {section.figures.setting: section for section in sections(*table, named=True)}
+        shown = {
+            setting: {comparison.column.name: comparison.score for comparison in section.comparisons}
+            for setting, section in found.items()
+        }
+        assert shown == {
+            "trained": {name: f"{name}@label" for name in ("auc_d", "neg_auc", "pos_auc")},
+            "random-weights": {"auc_d": "sanity_self"},
+            "random-label": {},
+        }
+        trained, *_ = found["trained"].comparisons
+        assert [(beside.method, beside.published) for beside in trained.methods] == [
+            ("scan", 37.29), ("layercam", 36.27),
+        ]  # fmt: skip
+        mean = rows[0].groupby("explainer")["value"].mean()
+        assert [beside.measured[0] for beside in trained.methods] == pytest.approx(
+            [mean["scan"], mean["layercam"]], abs=1e-5
+        )
+        assert all(math.isnan(end) for end in trained.tau) and len(trained.pairs) == 1
+        page = render_comparison(list(found.values()))
+        assert "1 pair: 0 agree, 1 disagree" in page and "No order of so few: 2 methods, 40 images." in page
+        assert "ResNet50V2 on ImageNet" in page and ", random-weights, beside" in page
+        assert "what the map of another class loses" in page and "none, too few methods" in page
+
+    def test_what_nulls_score_stands_beside_what_nulls_score(self) -> None:
+        """Section 4.1.1 of SCAN: random maps, of a model that is not stated."""
+        made = slow_rows.manifest(("gradcam",), ("random",), images=N)
+        made["explainers"]["random"]["role"] = "null"
+        made["models"]["shapes/resnet"]["family"] = "vit"
+        made["metrics"] = [metric("perturbation", PERTURBATION, "neg_auc@label")]
+        rows = planted({"gradcam": 30.0, "random": 14.0}, score="neg_auc@label")
+        assert not any(section.comparisons for section in sections(rows, made, "scan-2026:section4.1.1"))
+        (section,) = sections(rows, made, "scan-2026:section4.1.1", named=True)
+        (comparison,) = section.comparisons
+        (beside,) = comparison.methods
+        assert (comparison.column.name, beside.method, beside.published) == ("neg_auc", "random", 14.16)
+        assert beside.measured[0] == pytest.approx(
+            rows[rows["explainer"] == "random"]["value"].mean(), abs=1e-5
+        )
+        page = render_comparison([section])
+        assert "Not comparable" in page and "there a model that is not stated" in page
+        assert "No order of so few: 1 method, 40 images." in page
 
     def test_a_source_named_twice_counts_once(self) -> None:
         once = chosen_figures(["score-cam-2020"])

@@ -177,7 +177,7 @@ class TestInARun:
             ("scan-2026", "published must list sources or tables"),
             ([1], "published must list sources or tables"),
             (["scan-2027"], "no figures of 'scan-2027' are kept here"),
-            (["scan-2026:table4"], "cannot be set beside a board"),
+            (["scan-2026:table11"], "'scan-2026' has no table 'table11'"),
         ],
     )
     def test_a_wrong_name_is_refused_before_anything_runs(

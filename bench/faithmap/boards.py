@@ -72,7 +72,7 @@ def compare(runs: Sequence[Path], wanted: Sequence[str], out: Path | None, conso
     rows, manifest = read_runs(runs)
     if rows.empty:
         raise RequestError(f"{runs[0]} holds no rows yet; run it first")
-    sections = set_beside(read_evidence(rows, manifest), figures)
+    sections = set_beside(read_evidence(rows, manifest), figures, named=bool(wanted))
     if any(section.comparisons for section in sections):
         for drawn in figures_tables(sections) if wanted else ():
             console.print(drawn)

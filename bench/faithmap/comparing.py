@@ -3,11 +3,13 @@
 For each table of `faithmap.publications` and each model and set of images of the run: the methods that
 both have, how far the two orders agree, and which pairs of methods agree, disagree or are not decided.
 A measured pair is decided where its interval excludes zero, all pairs of the comparison one family;
-published values carry no interval and are taken as they are printed.
+published values carry no interval and are taken as they are printed. Tables that are asked for by name are
+shown even where they have no order: values of one or two methods, of nulls, of a model that is not stated.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -22,10 +24,12 @@ from faithmap.standing import FAILED_LIMIT, estimates, run_seed
 
 Verdict = Literal["agree", "disagree", "undecided"]
 
-#: Fewer methods have no order worth the name.
+#: Fewer methods have no order worth the name, and are compared in tables that are asked for alone.
 LEAST_METHODS = 3
 #: A method whose score exists on fewer images is left out: its spread could not be known.
 LEAST_IMAGES = 8
+#: Why a method of a table is not compared of which the run has no line.
+NOT_HERE = "not in this run"
 #: Means (in the score's unit) that differ by no more are tied: rounding of the model's arithmetic.
 ROUNDING = 1e-3
 
@@ -73,7 +77,7 @@ class Comparison:
     #: The best by the source first.
     methods: tuple[Beside, ...]
     pairs: tuple[Pair, ...]
-    #: Kendall's tau-b with its bounds.
+    #: Kendall's tau-b with its bounds; NaN for fewer than three methods.
     tau: tuple[float, float, float]
     #: Images that any of the methods has the score on.
     images: int
@@ -95,6 +99,8 @@ class Section:
     comparisons: tuple[Comparison, ...]
     #: Columns that are not compared -> why not; the key "" stands for all of them.
     missing: Mapping[str, str]
+    #: Why no run could be compared with these figures; empty where some could.
+    closed: str = ""
 
 
 def chosen_figures(wanted: Sequence[str] = ()) -> list[tuple[Publication, Figures]]:
@@ -110,40 +116,56 @@ def chosen_figures(wanted: Sequence[str] = ()) -> list[tuple[Publication, Figure
         name, colon, table = text.partition(":")
         source = publication(name)
         figures = source.of_table(table) if colon else source.figures
-        reasons = dict.fromkeys(never(source, entry) for entry in figures)
+        reasons = dict.fromkeys(never(source, entry, named=True) for entry in figures)
         if "" not in reasons:
             raise RequestError(f"'{text}' cannot be set beside a board: {'; '.join(reasons)}")
         found |= {id(entry): (source, entry) for entry in figures}
     return list(found.values())
 
 
-def never(source: Publication, figures: Figures) -> str:
-    """Why figures can be compared with no run at all; empty where they can."""
-    if not figures.model.family:
+def never(source: Publication, figures: Figures, *, named: bool = False) -> str:
+    """Why figures can be compared with no run at all; empty where they can.
+
+    Args:
+        source: where they were printed.
+        figures: a table's.
+        named: whether the table is asked for by its name.
+    """
+    if not figures.model.family and not named:
         return "the model is not stated"
-    reasons = [_closed(source.columns[name], values) for name, values in figures.columns.items()]
+    reasons = [
+        _closed(source.column(name, figures.setting), values, named)
+        for name, values in figures.columns.items()
+    ]
     return "" if "" in reasons else "; ".join(dict.fromkeys(reasons))
 
 
-def _closed(column: Column, values: Mapping[str, float]) -> str:
+def _closed(column: Column, values: Mapping[str, float], named: bool) -> str:
     """Why a column can be compared with no run at all; empty where it can."""
-    if column.unmapped:
-        return f"{column.name}: {column.unmapped}"
-    return "fewer than three methods in the table" if len(values) < LEAST_METHODS else ""
+    if len(values) < LEAST_METHODS and not named:
+        return "fewer than three methods in the table"
+    return f"{column.name}: {column.unmapped}" if column.unmapped else ""
 
 
 def compare(
     cells: Sequence[Evidence],
     wanted: Sequence[tuple[Publication, Figures]],
     *,
+    named: bool = False,
     resamples: int = stats.RESAMPLES,
 ) -> list[Section]:
     """Every model and set of images of a run beside every set of figures, in the order of both.
 
     Runs that are read together may pair models with images that none of them has; these are left out.
+
+    Args:
+        cells: what was measured.
+        wanted: the figures, as `chosen_figures` gives them.
+        named: whether they were asked for by name; what has no order is then shown too.
+        resamples: bootstrap replicates.
     """
     return [
-        _section(cell, source, figures, _other_images(cell, figures, wanted), resamples)
+        _section(cell, source, figures, _other_images(cell, figures, wanted), named, resamples)
         for cell in cells if cell.images
         for source, figures in wanted
     ]  # fmt: skip
@@ -167,18 +189,20 @@ def names_of_images(cell: Evidence) -> tuple[str, str]:
     return cell.dataset, str(facts.get("name", cell.dataset))
 
 
-def _section(cell: Evidence, source: Publication, figures: Figures, nearer: str, resamples: int) -> Section:
+def _section(
+    cell: Evidence, source: Publication, figures: Figures, nearer: str, named: bool, resamples: int
+) -> Section:
     family = cell.manifest.get("models", {}).get(cell.model, {}).get("family", "")
-    whole = never(source, figures)
-    if not whole and figures.model.family != family:
+    closed = whole = never(source, figures, named=named)
+    if not whole and figures.model.family not in ("", family):
         whole = f"the model there is a {_kind(figures.model.family)}, here a {_kind(family)}"
     if not whole and nearer:
         whole = f"other images; the table also has figures for {nearer}"
     if whole:
-        return Section(cell, source, figures, (), {"": whole})
+        return Section(cell, source, figures, (), {"": whole}, closed)
     comparisons, missing = [], {}
     for name in figures.columns:
-        found = _comparison(cell, source, figures, source.columns[name], resamples)
+        found = _comparison(cell, source, figures, source.column(name, figures.setting), named, resamples)
         if isinstance(found, str):
             missing[name] = found
         else:
@@ -191,22 +215,31 @@ def _kind(family: str) -> str:
 
 
 def _comparison(
-    cell: Evidence, source: Publication, figures: Figures, column: Column, resamples: int
+    cell: Evidence, source: Publication, figures: Figures, column: Column, named: bool, resamples: int
 ) -> Comparison | str:
     """One column beside the run, or the reason why not."""
     published = figures.columns[column.name]
-    closed = _closed(column, published)
+    closed = _closed(column, published, named)
     if closed:
         return closed.removeprefix(f"{column.name}: ")
     answer = _answer(cell, column)
     if answer is None:
         return f"not measured ({', '.join(dict.fromkeys(reading.score for reading in column.readings))})"
     reading, score = answer
-    labels, absent = _lines(cell, source, published, score)
-    if len(labels) < LEAST_METHODS:
-        both = ", ".join(labels) or "none"
-        return f"fewer than three methods in both ({both})"
+    labels, absent = _lines(cell, source, published, score, named)
+    if len(labels) < (1 if named else LEAST_METHODS):
+        few = "no method" if named else "fewer than three methods"
+        return "; ".join([f"{few} in both ({', '.join(labels) or 'none'})", *_unusable(source, absent)])
     return _set_beside(cell, column, reading, score, published, labels, absent, resamples)
+
+
+def _unusable(source: Publication, absent: Mapping[str, str]) -> list[str]:
+    """Why methods that the run has too are not compared: a reason with all that it holds for."""
+    names: dict[str, list[str]] = {}
+    for method, reason in absent.items():
+        if source.methods[method].explainer and reason != NOT_HERE:
+            names.setdefault(reason, []).append(method)
+    return [f"{', '.join(methods)}: {reason}" for reason, methods in names.items()]
 
 
 def _set_beside(
@@ -224,9 +257,11 @@ def _set_beside(
     ordered = sorted(labels, key=lambda method: -sign * published[method])
     printed = np.array([published[method] for method in ordered])
     values = complete([cell.score(labels[method], score) for method in ordered])
-    tau = stats.order_agreement(
-        sign * printed, sign * values, tolerance=ROUNDING, resamples=resamples, seed=seed
-    )
+    tau = (math.nan, math.nan, math.nan)
+    if len(ordered) >= LEAST_METHODS:
+        tau = stats.order_agreement(
+            sign * printed, sign * values, tolerance=ROUNDING, resamples=resamples, seed=seed
+        )
     apart = stats.paired_differences(values, resamples=resamples, seed=seed)
     pairs = tuple(
         _pair(ordered[i], ordered[j], float(printed[i] - printed[j]), *numbers)
@@ -263,7 +298,7 @@ def _answer(cell: Evidence, column: Column) -> tuple[Reading, str] | None:
 
 
 def _lines(
-    cell: Evidence, source: Publication, published: Mapping[str, float], score: str
+    cell: Evidence, source: Publication, published: Mapping[str, float], score: str, named: bool
 ) -> tuple[dict[str, str], dict[str, str]]:
     """Printed names -> lines of the run that have the score; and printed names -> why there is none."""
     labels: dict[str, str] = {}
@@ -274,12 +309,12 @@ def _lines(
             absent[name] = method.note
             continue
         known = [label for label in cell.explainers if _is(method, _facts(cell, label), label)]
-        reasons = [_why_not(cell, label, score) for label in known]
+        reasons = [_why_not(cell, label, score, any_role=named) for label in known]
         usable = [label for label, reason in zip(known, reasons, strict=True) if not reason]
         if usable:
             labels[name] = usable[0]
         else:
-            absent[name] = reasons[0] if reasons else "not in this run"
+            absent[name] = reasons[0] if reasons else NOT_HERE
     return labels, absent
 
 
@@ -296,12 +331,14 @@ def _facts(cell: Evidence, label: str) -> Mapping[str, Any]:
     return facts
 
 
-def _why_not(cell: Evidence, label: str, score: str) -> str:
+def _why_not(cell: Evidence, label: str, score: str, *, any_role: bool) -> str:
     """Why a line of the run is not compared by a score; empty where it is."""
     if label in cell.skipped:
         return cell.skipped[label]
-    if cell.role(label) != "method" or label not in cell.values:
-        return f"{cell.role(label)}, not a ranked method" if cell.role(label) != "method" else "no rows"
+    if cell.role(label) != "method" and not any_role:
+        return f"{cell.role(label)}, not a ranked method"
+    if label not in cell.values:
+        return "no rows"
     if reason := cell.unreliable(label):
         return f"{reason}: it fails checks of the kit"
     if cell.failed[label] > FAILED_LIMIT * cell.n:

@@ -180,7 +180,7 @@ def write_board(
     contents["leaderboard.md"] = text.encode()
     wanted = manifest.get("config", {}).get("published", ())
     if wanted:
-        contents[BESIDE] = render_comparison(compare(cells, chosen_figures(wanted))).encode()
+        contents[BESIDE] = render_comparison(compare(cells, chosen_figures(wanted), named=True)).encode()
     return [_write_atomic(out / name, content) for name, content in contents.items()]
 
 

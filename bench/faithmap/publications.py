@@ -27,7 +27,7 @@ Way = Literal["higher", "lower"]
 _HEADERS = {
     "sources": ("source", "file", "paper", "title", "arxiv", "taken_from", "target", "map_grid", "transform"),
     "mapping": ("source", "column", "metric", "variant", "direction", "certainty"),
-    "readings": ("source", "column", "score", "metric", "params", "reading"),
+    "readings": ("source", "column", "setting", "score", "metric", "params", "reading"),
     "methods": ("source", "method", "explainer", "note"),
     "settings": ("source", "table", "setting", "explainer", "params", "note"),
     "models": ("model", "name", "family", "same_as"),
@@ -145,10 +145,16 @@ class Publication:
     map_grid: str
     transform: str
     columns: Mapping[str, Column]
+    #: (Column, setting): what a column means in a setting in which other scores answer it.
+    columns_in: Mapping[tuple[str, str], Column]
     methods: Mapping[str, Method]
     figures: tuple[Figures, ...]
     #: (Table or "", column or "", sentence).
     notes: tuple[tuple[str, str, str], ...] = field(repr=False)
+
+    def column(self, name: str, setting: str = "") -> Column:
+        """What a column means in a setting."""
+        return self.columns_in.get((name, setting), self.columns[name])
 
     @property
     def tables(self) -> list[str]:
@@ -212,7 +218,8 @@ def read_publications(folder: Traversable) -> dict[str, Publication]:
             name: [(where, entry) for where, entry in tables[name] if entry["source"] == source]
             for name in owned
         }
-        columns = _columns(own["mapping"], own["readings"])
+        columns_in = _columns(own["mapping"], own["readings"])
+        columns = {name: column for (name, setting), column in columns_in.items() if not setting}
         methods = {entry["method"]: _method(where, entry) for where, entry in own["methods"]}
         settings = {
             (entry["table"], entry["setting"]): _variant(where, entry, methods)
@@ -222,6 +229,7 @@ def read_publications(folder: Traversable) -> dict[str, Publication]:
             name=source,
             **{key: line[key] for key in _HEADERS["sources"][2:]},
             columns=columns,
+            columns_in=columns_in,
             methods=methods | {variant.name: variant for variant in settings.values()},
             figures=_figures(folder / line["file"], source, columns, methods, settings, models, images),
             notes=tuple((entry["table"], entry["column"], entry["note"]) for _, entry in own["notes"]),
@@ -286,31 +294,35 @@ def _images(where: str, line: Mapping[str, str]) -> PublishedImages:
 
 def _columns(
     mapping: Iterable[tuple[str, Mapping[str, str]]], readings: Iterable[tuple[str, Mapping[str, str]]]
-) -> dict[str, Column]:
-    """The columns of one source with their readings."""
+) -> dict[tuple[str, str], Column]:
+    """The columns of one source with their readings, by name and setting ("" for what holds elsewhere)."""
     meant = {line["column"]: (where, line) for where, line in mapping}
-    answers: dict[str, list[Reading]] = {column: [] for column in meant}
-    unmapped: dict[str, str] = {}
+    answers: dict[tuple[str, str], list[Reading]] = {(column, ""): [] for column in meant}
+    unmapped: dict[tuple[str, str], str] = {}
     for where, line in readings:
         _known(where, "column", line["column"], meant)
+        place = (line["column"], line["setting"])
+        here = answers.setdefault(place, [])
         if line["score"]:
-            reading = Reading(line["score"], line["metric"], _params(where, line["params"]), line["reading"])
-            answers[line["column"]].append(reading)
+            params = _params(where, line["params"])
+            here.append(Reading(line["score"], line["metric"], params, line["reading"]))
         elif line["reading"]:
-            unmapped[line["column"]] = line["reading"]
+            unmapped[place] = line["reading"]
         else:
             raise FaithmapError(f"{where}: '{line['column']}' needs a score, or a reading that says why none")
     columns = {}
-    for name, (where, line) in meant.items():
+    for place, found in answers.items():
+        name = place[0]
+        where, line = meant[name]
         if line["direction"] not in ("higher", "lower"):
             raise FaithmapError(f"{where}: direction is '{line['direction']}'; expected higher or lower")
-        if bool(answers[name]) == (name in unmapped):
+        if bool(found) == (place in unmapped):
             raise FaithmapError(
                 f"{where}: readings.csv must either name scores for '{name}' or say why there is none"
             )
-        columns[name] = Column(
+        columns[place] = Column(
             name, line["metric"], line["variant"], cast("Way", line["direction"]), line["certainty"],
-            tuple(answers[name]), unmapped.get(name, ""),
+            tuple(found), unmapped.get(place, ""),
         )  # fmt: skip
     return columns
 

@@ -6,7 +6,15 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from faithmap.columns import base_score, column_of, is_time
-from faithmap.comparing import Beside, Comparison, Pair, Section, Verdict, names_of_images, never
+from faithmap.comparing import (
+    LEAST_METHODS,
+    Beside,
+    Comparison,
+    Pair,
+    Section,
+    Verdict,
+    names_of_images,
+)
 from faithmap.report._format import ARROWS, code, count, known, number, table
 from faithmap.report._provenance import plain
 
@@ -98,6 +106,8 @@ def _signed(value: float, digits: int = 2) -> str:
 
 def _tau(comparison: Comparison) -> str:
     value, low, high = comparison.tau
+    if len(comparison.methods) < LEAST_METHODS:
+        return "none, too few methods"
     if not known(value):
         return "none, all tied"
     ends = f" [{_signed(low)}, {_signed(high)}]" if known(low) and known(high) else ""
@@ -248,8 +258,7 @@ def _comparison(section: Section, comparison: Comparison) -> list[str]:
         f"### {place_title(section, comparison)}",
         " ".join(_reading(section, comparison)),
         _table_of(section, comparison),
-        f"{_verdicts(comparison)} {_TAU} {_tau(comparison)}, "
-        f"{count(len(comparison.methods), 'method')}, {count(comparison.images, 'image')}.",
+        _order(comparison),
     ]
     against = [pair for pair in comparison.pairs if pair.verdict == "disagree"]
     if against:
@@ -318,6 +327,15 @@ def _mark(pair: Pair) -> str:
     return _TIED if pair.tied else _SIGNS[pair.verdict]
 
 
+def _order(comparison: Comparison) -> str:
+    """What became of the order, and how much it rests on."""
+    size = f"{count(len(comparison.methods), 'method')}, {count(comparison.images, 'image')}."
+    verdicts = f"{_verdicts(comparison)} " if comparison.pairs else ""
+    if len(comparison.methods) < LEAST_METHODS:
+        return f"{verdicts}No order of so few: {size}"
+    return f"{verdicts}{_TAU} {_tau(comparison)}, {size}"
+
+
 def _verdicts(comparison: Comparison) -> str:
     tied = sum(pair.tied for pair in comparison.pairs)
     close = comparison.count("undecided") - tied
@@ -347,9 +365,8 @@ def _left_out(sections: Sequence[Section]) -> list[str]:
     closed: dict[str, dict[str, None]] = {}
     for section in sections:
         figures = section.figures
-        reason = never(section.publication, figures)
-        if reason:
-            closed.setdefault(reason, {})[code(f"{figures.source}:{figures.table}")] = None
+        if section.closed:
+            closed.setdefault(section.closed, {})[code(f"{figures.source}:{figures.table}")] = None
         elif not section.comparisons:
             place = cells.setdefault((section.cell.model, section.cell.dataset), {})
             place.setdefault(_reasons(section.missing), []).append(figures_title(section))
@@ -380,7 +397,7 @@ def reasons_by_section(sections: Sequence[Section]) -> list[str]:
         f"{section.figures.images.name}, not with {section.cell.model} on {section.cell.dataset}: "
         + "; ".join(dict.fromkeys(section.missing.values()))
         for section in sections
-        if not section.comparisons and not never(section.publication, section.figures)
+        if not section.comparisons and not section.closed
     ]
 
 
@@ -395,7 +412,10 @@ def comparison_table(sections: Sequence[Section]) -> Table:
     for section in sections:
         for comparison in section.comparisons:
             figures = section.figures
-            there = f"{figures.source}:{figures.table} {comparison.column.name}, {figures.model.name}"
+            setting = f", {figures.setting}" if figures.setting else ""
+            there = (
+                f"{figures.source}:{figures.table}{setting} {comparison.column.name}, {figures.model.name}"
+            )
             other = " (another reading)" if comparison.reading.another else ""
             here = f"{section.cell.model} {comparison.score}{other}"
             fields = [there, here, str(len(comparison.methods)), _tau(comparison), *_counts(comparison)]
@@ -414,7 +434,10 @@ def figures_tables(sections: Sequence[Section]) -> list[Table]:
         caption = f"not comparable: {'; '.join(reasons)}" if reasons else None
         for comparison in section.comparisons:
             figures, score = section.figures, column_of(comparison.score)
-            there = f"{figures.source}:{figures.table}, {figures.model.name} on {figures.images.name}"
+            setting = f", {figures.setting}" if figures.setting else ""
+            there = (
+                f"{figures.source}:{figures.table}, {figures.model.name} on {figures.images.name}{setting}"
+            )
             drawn = Table(
                 title=Text(f"{there}: {comparison.column.name}"), caption=caption and Text(caption),
                 header_style="bold", pad_edge=False,
