@@ -1,4 +1,5 @@
-"""ImageNet's validation images (ILSVRC2012) as they are handed out, with the boxes of the labelled class."""
+"""ImageNet (ILSVRC2012) as it is handed out: validation images with the boxes of the labelled class, or the
+training images."""
 
 from __future__ import annotations
 
@@ -15,6 +16,7 @@ from faithmap.annotations import pixel_edges, read_annotation
 from faithmap.class_map import read_rows, read_text
 from faithmap.errors import DataError, RequestError
 from faithmap.imagenet_classes import ImageNetClasses, imagenet_classes
+from faithmap.on_disk import one_of
 from faithmap.pictures import SUFFIXES, Box, Picture, file_size
 from faithmap.records import Sample, SampleList, digest
 
@@ -28,7 +30,9 @@ TRUTH = "ILSVRC2012_validation_ground_truth.txt"
 SOLUTION = "LOC_val_solution.csv"
 #: What torchvision makes of the devkit.
 META = "meta.bin"
+SPLITS = ("val", "train")
 #: Where things lie below the root: unpacked one by one, by torchvision, or as Kaggle packs them.
+TRAIN_PLACES = ("train", "ILSVRC2012_img_train", "ILSVRC/Data/CLS-LOC/train", "Data/CLS-LOC/train")
 IMAGE_PLACES = ("val", "ILSVRC2012_img_val", "ILSVRC/Data/CLS-LOC/val", "Data/CLS-LOC/val", ".")
 BOX_PLACES = (
     "ILSVRC2012_bbox_val_v3/val", "ILSVRC2012_bbox_val_v3", "Annotations/CLS-LOC/val",
@@ -59,8 +63,10 @@ def imagenet(
     root: str | Path | None = None,
     annotations: str | Path | None = None,
     devkit: str | Path | None = None,
+    split: str = "val",
+    one_box: bool = False,
 ) -> Iterable[Sample]:
-    """The validation images of ImageNet (ILSVRC2012), with the boxes of the labelled class.
+    """The images of ImageNet (ILSVRC2012): by default those for validation, with the labelled class's boxes.
 
     The images lie in one folder, as `ILSVRC2012_img_val.tar` holds them, or in folders named by
     WordNet ids, as torchvision sorts them; ids are the same, `ILSVRC2012_val_00000001`. Any part of
@@ -70,6 +76,9 @@ def imagenet(
     XML files state the size that was annotated. The revision is a digest of ids, sizes in bytes,
     labels and boxes.
 
+    The training images lie in folders named by WordNet ids, in `train`; they come without boxes, for
+    explainers that learn. Any of the classes will do: labels are the same, whichever are there.
+
     Args:
         root: the folder that holds the images in `val` or `ILSVRC2012_img_val`, or a copy of
             Kaggle's; the other two are looked for in it.
@@ -77,6 +86,8 @@ def imagenet(
             there are no boxes.
         devkit: the devkit's folder or its archive, or Kaggle's `LOC_val_solution.csv`: what says the
             labels of images that do not lie in class folders.
+        split: "val" or "train".
+        one_box: list only images with one box of the labelled class, no more and no fewer.
 
     Raises:
         RequestError: no images are found, or nothing that says their labels, or what says them is
@@ -86,6 +97,8 @@ def imagenet(
     if root is None:
         raise RequestError(f"dataset 'imagenet' was given no root; {HOW_TO_GET}")
     top = Path(root).expanduser()
+    if one_of("imagenet", "split", split, SPLITS) == "train":
+        return _training(top, one_box or annotations is not None or devkit is not None)
     images = _images(top)
     wnids = {name: wnid for name, (_, wnid) in images.items() if wnid}
     if len(wnids) < len(images):
@@ -97,10 +110,43 @@ def imagenet(
     look_up = _boxes(top, Path(annotations).expanduser() if annotations is not None else None)
     classes = imagenet_classes()
     entries = [_entry(name, path, wnids[name], look_up, classes) for name, (path, _) in images.items()]
+    if one_box:
+        entries = [entry for entry in entries if len(entry.boxes) == 1]
+        if not entries:
+            raise RequestError(
+                f"one_box: none of the {len(images)} images in {top} has one box of its class; give "
+                "annotations = the folder of the XML files, or leave one_box out"
+            )
     return SampleList(
         (_sample(entry, classes) for entry in entries),
         revision=digest([(e.id, file_size(e.path), e.label, e.boxes, e.annotated) for e in entries]),
         class_names=classes.names,
+    )
+
+
+def _training(root: Path, asked: bool) -> SampleList:
+    """The training images, labelled by their folders."""
+    if asked:
+        raise RequestError(
+            "the training images have no boxes here: leave out one_box, annotations and devkit"
+        )
+    classes = imagenet_classes()
+    for place in TRAIN_PLACES:
+        found = [
+            (file, classes.label(folder.name, str(folder)))
+            for folder in sorted((root / place).glob("n*")) if folder.is_dir()
+            for file in sorted(folder.iterdir()) if file.suffix.lower() in SUFFIXES
+        ]  # fmt: skip
+        if found:
+            return SampleList(
+                (Sample(file.stem, Picture(file).image, label, name=classes.names[label])
+                 for file, label in found),
+                revision=digest([(file.stem, file_size(file), label) for file, label in found]),
+                class_names=classes.names,
+            )  # fmt: skip
+    raise RequestError(
+        f"{root} holds no training images in folders of WordNet ids, such as {TRAIN_PLACES[0]}/n01440764; "
+        "unpack ILSVRC2012_img_train.tar and each archive in it to a folder of its own"
     )
 
 

@@ -95,6 +95,41 @@ class TestLayouts:
                 assert torch.equal(one.boxes(), two.boxes())
         assert build("imagenet", root=sorted_).revision == first.revision
 
+    def test_images_of_one_box_may_be_asked_for(self, flat: Path, sorted_: Path, kaggle: Path) -> None:
+        for root in (flat, sorted_, kaggle):
+            chosen = build("imagenet", root=root, one_box=True)
+            assert [sample.id for sample in chosen] == [name(3), name(12), name(21)]  # the goldfish has two
+            assert chosen.revision != build("imagenet", root=root).revision
+        shutil.rmtree(flat / "ILSVRC2012_bbox_val_v3")
+        with pytest.raises(
+            RequestError, match=r"one_box: none of the 4 images in .* has one box of its class"
+        ):
+            build("imagenet", root=flat, one_box=True)
+
+    def test_training_images_have_the_labels_of_their_folders(self, tmp_path: Path) -> None:
+        """Of all thousand classes, however few are there."""
+        for wnid in (TENCH, TOILET_TISSUE):
+            for number in (2, 10):
+                photograph(tmp_path / "train" / wnid / f"{wnid}_{number}.JPEG", (20, 30), [])
+        (tmp_path / "train" / "notes.txt").write_text("no image")
+        samples = build("imagenet", root=tmp_path, split="train")
+        assert {sample.id: sample.label for sample in samples} == {
+            f"{TENCH}_2": 0, f"{TENCH}_10": 0, f"{TOILET_TISSUE}_2": 999, f"{TOILET_TISSUE}_10": 999,
+        }  # fmt: skip
+        assert samples[0].name == "tench, Tinca tinca" and samples[0].boxes is None
+        assert prepare(samples[0], Transform((16, 16))).image.shape == (3, 16, 16)
+        results = conformance.check_dataset("imagenet", params={"root": str(tmp_path), "split": "train"})
+        assert not conformance.failures(results), results
+        with pytest.raises(RequestError, match="the training images have no boxes here: leave out one_box"):
+            build("imagenet", root=tmp_path, split="train", one_box=True)
+        with pytest.raises(RequestError, match="split: got 'trian', expected one of 'val', 'train'"):
+            build("imagenet", root=tmp_path, split="trian")
+        (tmp_path / "train" / TENCH).rename(tmp_path / "train" / "n00000001")
+        with pytest.raises(RequestError, match="'n00000001' is none of the WordNet ids"):
+            build("imagenet", root=tmp_path, split="train")
+        with pytest.raises(RequestError, match="holds no training images in folders of WordNet ids"):
+            build("imagenet", root=tmp_path / "train", split="train")
+
     def test_labels_are_the_models_and_not_the_devkits(self, flat: Path) -> None:
         """The devkit numbers its classes in another order, from 1."""
         samples = build("imagenet", root=flat)
