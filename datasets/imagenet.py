@@ -237,8 +237,9 @@ def _archived(archive: Path) -> dict[str, str]:
         try:
             parse_devkit_archive(scratch, str(archive.absolute()))
         except Exception as error:
+            said = str(error).replace(scratch, str(archive.parent))
             raise RequestError(
-                f"{archive} is not the devkit of ILSVRC2012, or it is damaged ({error}); fetch it again"
+                f"{archive} is not the devkit of ILSVRC2012, or it is damaged ({said}); fetch it again"
             ) from error
         return _prepared(Path(scratch) / META)
 

@@ -107,6 +107,12 @@ def test_parameters_on_the_command_line(text: str, params: dict[str, object]) ->
 
 def test_commas_within_brackets_do_not_split() -> None:
     assert split_list("a[k=1,l=2],b , ,c") == ["a[k=1,l=2]", "b", "c"]
+    spec = "timm/net[weights=/o'brien/w.safetensors,mean=[0.4, 0.5,0.6],kwargs={pad_type = 'a,b', n=[1,2]}]"
+    assert split_list(f"{spec},x[say=it's,k=1],y") == [spec, "x[say=it's,k=1]", "y"]
+    assert parse_spec(spec).params == {
+        "weights": "/o'brien/w.safetensors", "mean": [0.4, 0.5, 0.6],
+        "kwargs": {"pad_type": "a,b", "n": [1, 2]},
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize(

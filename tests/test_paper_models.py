@@ -284,18 +284,22 @@ CONVNEXT = {"size": {"shortest_edge": 224}, "resample": 3, "crop_pct": 0.875}
     ],
 )
 def test_the_hubs_transform_is_followed(
-    monkeypatch: pytest.MonkeyPatch, processor: dict[str, Any], transform: tuple[Any, ...]
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, processor: dict[str, Any], transform: tuple[Any, ...]
 ) -> None:
-    asked: list[str] = []
+    asked: list[tuple[str, str]] = []
 
-    def processing(name: str) -> SimpleNamespace:
-        asked.append(name)
+    def network(name: str, revision: str) -> HubNetwork:
+        asked.append((name, revision))
+        return HubNetwork()
+
+    def processing(name: str, revision: str) -> SimpleNamespace:
+        asked.append((name, revision))
         return SimpleNamespace(image_mean=[0.5] * 3, image_std=[0.25] * 3, **processor)
 
     fake = SimpleNamespace(
         AutoConfig=SimpleNamespace(from_pretrained=lambda name: name),
         AutoModelForImageClassification=SimpleNamespace(
-            from_config=lambda config: HubNetwork(), from_pretrained=lambda name: HubNetwork()
+            from_config=lambda config: HubNetwork(), from_pretrained=network
         ),
         AutoImageProcessor=SimpleNamespace(from_pretrained=processing),
     )
@@ -305,4 +309,10 @@ def test_the_hubs_transform_is_followed(
         found = model.transform
         assert (found.size, found.crop_pct, found.interpolation, found.mode) == transform
         assert model(torch.rand(1, 3, 32, 32)).shape == (1, 10)
-    assert set(asked) == {"google/vit-base-patch16-224"}
+    assert set(asked) == {("google/vit-base-patch16-224", "main")}
+    load_model("hf/google/vit-base-patch16-224", revision="v2")
+    assert asked[-2:] == [("google/vit-base-patch16-224", "v2")] * 2
+    weights = {name: torch.full_like(value, 0.25) for name, value in HubNetwork().state_dict().items()}
+    save_file(weights, tmp_path / "weights.safetensors")
+    model = load_model("hf/google/vit-base-patch16-224", weights=str(tmp_path / "weights.safetensors"))
+    assert all((value == 0.25).all() for value in model.module.state_dict().values())

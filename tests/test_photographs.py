@@ -17,6 +17,7 @@ from copies import inside, paint, save_grey
 from safetensors.torch import save_file
 
 from faithmap.config import load_config
+from faithmap.models import load_model
 
 BOX = (20, 12, 60, 44)
 #: Any commit; the hub's cache has a folder for it.
@@ -96,6 +97,34 @@ def test_it_ends_in_a_leaderboard(place: Path) -> None:
     rows = pd.read_parquet(place / "run" / "rows")
     share = rows[(rows["metric"] == "object_share") & (rows["dataset"] == "oxford-iiit-pet")]
     assert share["status"].isin(["ok", "skipped"]).all() and len(share)
+
+
+def test_weights_are_taken_at_the_commit_that_is_named(tmp_path: Path) -> None:
+    """In the hub's cache the branch leads elsewhere by now."""
+    name = "mobilenetv2_100.ra_in1k"
+    put_on_hub(tmp_path / "hub", name)
+    (tmp_path / "hub" / f"models--timm--{name}" / "refs" / "main").write_text("f" * 40)
+    code = f"""
+from faithmap.errors import RequestError
+from faithmap.models import load_model
+print(load_model("timm/mobilenetv2_100", revision="{COMMIT}").weights_digest())
+for wrong in ({{"revision": "f" * 40}}, {{}}, {{"revision": "{COMMIT}", "pretrained": False}}):
+    try:
+        load_model("timm/{name}", **wrong)
+    except RequestError as error:
+        print(error)
+"""
+    environment = {**os.environ, "HF_HUB_CACHE": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    digest, *refused = done.stdout.splitlines()
+    weights = tmp_path / "hub" / f"models--timm--{name}" / "snapshots" / COMMIT / "model.safetensors"
+    expected = load_model("timm/mobilenetv2_100", weights=str(weights)).weights_digest()
+    assert digest == expected
+    assert ["cannot be had" in line for line in refused] == [True, True, False]
+    assert "takes no revision" in refused[2]
 
 
 def test_without_a_network_it_says_what_is_missing(tmp_path: Path) -> None:

@@ -369,12 +369,27 @@ def _place(text: str, base: Path | None) -> str:
 
 
 def split_list(text: str) -> list[str]:
-    """Split a comma list, leaving commas within brackets alone.
+    """Split a comma list, leaving commas within brackets, braces and quotes alone.
 
     >>> split_list("rise[masks=10,cells=7], gradcam")
     ['rise[masks=10,cells=7]', 'gradcam']
+    >>> split_list('net[mean=[0.4,0.5,0.6],kwargs={a="x,y",b=1}]')
+    ['net[mean=[0.4,0.5,0.6],kwargs={a="x,y",b=1}]']
     """
-    return [part.strip() for part in re.split(r",(?![^\[]*\])", text) if part.strip()]
+    parts, depth, quote, before = [""], 0, "", ""
+    for sign in text:
+        if quote:
+            quote = "" if sign == quote else quote
+        elif sign in "\"'" and before in ("=", "[", ","):  # where a string begins; else a part of a name
+            quote = sign
+        else:
+            depth += (sign in "[{") - (sign in "]}")
+        if sign == "," and depth <= 0 and not quote:
+            parts.append("")
+        else:
+            parts[-1] += sign
+        before = before if sign == " " else sign
+    return [part.strip() for part in parts if part.strip()]
 
 
 def parse_spec(item: str | Spec) -> Spec:

@@ -15,8 +15,10 @@ from faithmap.models import CROP_MODES, Model
 
 COMMON_KEYS = (
     "weights", "pretrained", "mean", "std", "input_size", "crop_pct", "interpolation", "crop_mode",
-    "layer", "family", "kwargs", "head",
+    "layer", "family", "kwargs", "head", "revision",
 )  # fmt: skip
+#: Sources whose published weights lie on Hugging Face's hub.
+ON_THE_HUB = ("timm", "hf")
 #: Attributes of torchvision's networks that hold heads for training alone.
 AUXILIARY = ("aux1", "aux2", "AuxLogits")
 INTERPOLATIONS = ("bicubic", "bilinear", "nearest", "lanczos")
@@ -42,6 +44,11 @@ def build(name: str, params: Mapping[str, Any]) -> Model:
             raise RequestError(f"model '{name}' has no parameter '{key}'; {nearest(key, COMMON_KEYS)}")
     if params.get("head") and source != "dino":
         raise RequestError(f"model '{name}' takes no head = FILE; only dino/NAME does")
+    if params.get("revision") and (source not in ON_THE_HUB or not _wants_download(params)):
+        raise RequestError(
+            f"model '{name}' takes no revision: it is that of weights which are fetched from the hub, for "
+            "timm/NAME and hf/ID"
+        )
     interpolation = params.get("interpolation")
     if interpolation is not None and interpolation not in INTERPOLATIONS:
         raise RequestError(
@@ -52,7 +59,8 @@ def build(name: str, params: Mapping[str, Any]) -> Model:
         raise RequestError(f"model '{name}': give weights = PATH or pretrained = true, not both")
     module, config = SOURCES[source](rest, params)
     if params.get("weights") and source != "dino":  # whose weights may lie in two files
-        load_weights(module, Path(str(params["weights"])), name)
+        inner = module.network if isinstance(module, _LogitsOnly) else module
+        load_weights(inner, Path(str(params["weights"])), name)
     config |= {key: params[key] for key in CONFIG_KEYS if params.get(key) is not None}
     return Model(module, target_layer=params.get("layer"), family=params.get("family"), name=name, **config)
 
@@ -161,6 +169,19 @@ def unavailable(
     )
 
 
+def _at_revision(name: str, revision: str) -> str:
+    """The hub's name of the weights that timm takes for a model, at a commit, tag or branch."""
+    from timm.models import get_pretrained_cfg
+
+    config = get_pretrained_cfg(name)
+    if config is None or not config.has_weights or not config.hf_hub_id:
+        raise RequestError(f"timm/{name}: its published weights are not on the hub; leave out revision")
+    where = str(config.hf_hub_id)
+    if where.endswith("/"):  # the owner alone
+        where += ".".join(part for part in (name.split(".")[0], config.tag) if part)
+    return f"{where}@{revision}"
+
+
 def _timm(name: str, params: Mapping[str, Any]) -> tuple[nn.Module, dict[str, Any]]:
     import timm
     from timm.data import resolve_model_data_config
@@ -169,6 +190,8 @@ def _timm(name: str, params: Mapping[str, Any]) -> tuple[nn.Module, dict[str, An
         raise RequestError(f"timm has no model '{name}'; {nearest(name, timm.list_models())}")
     kwargs = dict(params.get("kwargs") or {})
     download = _wants_download(params)
+    if params.get("revision"):
+        kwargs["pretrained_cfg_overlay"] = {"hf_hub_id": _at_revision(name, str(params["revision"]))}
     try:
         module = timm.create_model(name, pretrained=download, **kwargs)
     except (TypeError, AssertionError) as error:
@@ -246,14 +269,15 @@ def _huggingface(name: str, params: Mapping[str, Any]) -> tuple[nn.Module, dict[
         raise RequestError(
             f"hf/{name} needs the package transformers; run: pip install transformers"
         ) from error
+    revision = str(params.get("revision") or "main")
     try:
         if _wants_download(params):
-            network = transformers.AutoModelForImageClassification.from_pretrained(name)
+            network = transformers.AutoModelForImageClassification.from_pretrained(name, revision=revision)
         else:
             network = transformers.AutoModelForImageClassification.from_config(
                 transformers.AutoConfig.from_pretrained(name)
             )
-        processor = transformers.AutoImageProcessor.from_pretrained(name)
+        processor = transformers.AutoImageProcessor.from_pretrained(name, revision=revision)
     except (OSError, ValueError) as error:
         raise unavailable(f"hf/{name}", error) from error
     return _LogitsOnly(network), _processing(processor)

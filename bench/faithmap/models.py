@@ -369,7 +369,8 @@ def load_model(name: str | Model | nn.Module, **params: Any) -> Model:
         **params: `weights` (a safetensors file or a state dict), `pretrained` (fetch the
             published weights; the default where no `weights` are given), `mean`, `std`, `input_size`,
             `crop_pct`, `interpolation`, `crop_mode`, `layer`, and `kwargs` for the architecture; for
-            `dino/NAME` also `head`, the file of its linear classifier.
+            `dino/NAME` also `head`, the file of its linear classifier; for `timm/NAME` and `hf/ID` also
+            `revision`, the commit of the hub whose weights are fetched.
 
     Raises:
         RequestError: the name, a key or a file is wrong, or weights do not fit.
