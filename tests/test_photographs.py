@@ -132,6 +132,7 @@ def test_without_a_network_it_says_what_is_missing(tmp_path: Path) -> None:
     assert done.returncode == 2
     assert "dataset 'oxford-iiit-pet' is not in" in done.stderr
     assert "the network may not be asked" in done.stderr and "Traceback" not in done.stderr
+    assert "give root = " in done.stderr and "give download = true" not in done.stderr  # which it has
     put_pets(tmp_path / "home" / "data", 3)
     put_imagenette(tmp_path / "home" / "data", 4)
     done = call(tmp_path)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -29,6 +30,11 @@ class Home:
     holds: Sequence[str]
     #: Where the data are had and what to unpack, as the end of a sentence.
     advice: str
+
+    @property
+    def by_hand(self) -> str:
+        """The advice for those who have asked for a download already."""
+        return re.sub(r"[,;] or give download = true.*", "", self.advice)
 
     def find(self, root: str | Path | None) -> Path:
         """The dataset's folder: `root` itself, or the folder of that name in it.
@@ -81,7 +87,7 @@ class Home:
         if os.environ.get(OFFLINE_VARIABLE, "").lower() in ("1", "true", "yes", "on"):
             raise RequestError(
                 f"dataset '{self.name}' is not in {base}, and the network may not be asked "
-                f"(--offline, or {OFFLINE_VARIABLE}); {self.advice}"
+                f"(--offline, or {OFFLINE_VARIABLE}); {self.by_hand}"
             )
         fresh = not self.is_in(base)
         if fresh and (base / self.folder).exists():
@@ -97,7 +103,7 @@ class Home:
         except Exception as error:
             said = str(error).strip().splitlines() or [type(error).__name__]
             raise RequestError(
-                f"dataset '{self.name}' cannot be downloaded: {said[0]}; {self.advice}"
+                f"dataset '{self.name}' cannot be downloaded: {said[0]}; {self.by_hand}"
             ) from error
 
 
