@@ -247,13 +247,13 @@ class TestCompare:
         code, shown = typed("compare", finished, "--with", "scan-2026:table2")
         assert code == 0
         assert "scan-2026:table2, ResNet50V2 on ImageNet, not with shapes/resnet" in shown
-        assert "fewer than three methods in both (none)" in shown
+        assert "no method in both (none)" in shown
 
     def test_wrong_requests_are_one_sentence(self, finished: Path, typed, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
         for words, message in (
             ([tmp_path], "holds no run"),
             ([finished, "--with", "scan"], "no figures of 'scan' are kept here"),
-            ([finished, "--with", "scan-2026:table4"], "cannot be set beside a board: fewer than three"),
+            ([finished, "--with", "scan-2026:table11"], "'scan-2026' has no table 'table11'"),
             ([finished, "--out", tmp_path / "page.html"], "give a file that ends in .md"),
             ([finished, "--out", finished / "manifest.json" / "page.md"], "name another file"),
         ):

@@ -117,7 +117,7 @@ def test_folders_of_something_else_are_left_alone(tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").write_text("years of work")
     with pytest.raises(RequestError, match="is not empty and holds no run"):
         RunStore(tmp_path).create()
-    with pytest.raises(RequestError, match=r"thesis\.tex is a file"):
+    with pytest.raises(RequestError, match=r"thesis\.tex \(it is a file\)"):
         RunStore(tmp_path / "thesis.tex").create()
     assert [file.name for file in tmp_path.iterdir()] == ["thesis.tex"]
 

@@ -70,7 +70,7 @@ class RunStore:
             RequestError: it holds files, other than requests, and no run.
         """
         if self.path.exists() and not self.path.is_dir():
-            raise RequestError(f"{self.path} is a file; name a folder with --out")
+            raise RequestError(f"cannot write to {self.path} (it is a file); name another folder with --out")
         held = [self.path / name for name in (MANIFEST, LOCK) if (self.path / name).exists()]
         if held or self.rows_path.is_dir() or not self.path.is_dir():
             return
