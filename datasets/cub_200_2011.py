@@ -49,7 +49,8 @@ HOME = Home(
     ("images.txt", "images"),
     "fetch CUB_200_2011.tgz, and segmentations.tgz for the masks, from "
     "https://www.vision.caltech.edu/datasets/cub_200_2011/, unpack both in one folder and give root = that "
-    "folder, or give download = true to have it done (1.2 GB)",
+    "folder",
+    ", or give download = true to have it done (1.2 GB)",
 )
 SPLITS = ("test", "train", "all")
 TRUTHS = ("auto", "box", "mask")

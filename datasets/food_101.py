@@ -18,7 +18,8 @@ HOME = Home(
     "food-101",
     ("meta", "images"),
     "fetch food-101.tar.gz from https://data.vision.ee.ethz.ch/cvl/datasets_extra/food-101/, unpack it and "
-    "give root = the folder that then holds food-101/, or give download = true to have it done (5 GB)",
+    "give root = the folder that then holds food-101/",
+    ", or give download = true to have it done (5 GB)",
 )
 SPLITS = ("test", "train")
 

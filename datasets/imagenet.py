@@ -11,12 +11,11 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from faithmap import dataset
+from faithmap import dataset, on_disk
 from faithmap.annotations import pixel_edges, read_annotation
 from faithmap.class_map import read_rows, read_text
 from faithmap.errors import DataError, RequestError
 from faithmap.imagenet_classes import ImageNetClasses, imagenet_classes
-from faithmap.on_disk import one_of
 from faithmap.pictures import SUFFIXES, Box, Picture, file_size
 from faithmap.records import Sample, SampleList, digest
 
@@ -97,7 +96,7 @@ def imagenet(
     if root is None:
         raise RequestError(f"dataset 'imagenet' was given no root; {HOW_TO_GET}")
     top = Path(root).expanduser()
-    if one_of("imagenet", "split", split, SPLITS) == "train":
+    if on_disk.one_of("imagenet", "split", split, SPLITS) == "train":
         return _training(top, one_box or annotations is not None or devkit is not None)
     images = _images(top)
     wnids = {name: wnid for name, (_, wnid) in images.items() if wnid}
@@ -131,19 +130,13 @@ def _training(root: Path, asked: bool) -> SampleList:
             "the training images have no boxes here: leave out one_box, annotations and devkit"
         )
     classes = imagenet_classes()
-    for place in TRAIN_PLACES:
-        found = [
-            (file, classes.label(folder.name, str(folder)))
-            for folder in sorted((root / place).glob("n*")) if folder.is_dir()
-            for file in sorted(folder.iterdir()) if file.suffix.lower() in SUFFIXES
-        ]  # fmt: skip
-        if found:
-            return SampleList(
-                (Sample(file.stem, Picture(file).image, label, name=classes.names[label])
-                 for file, label in found),
-                revision=digest([(file.stem, file_size(file), label) for file, label in found]),
-                class_names=classes.names,
-            )  # fmt: skip
+    for folder in (root / place for place in TRAIN_PLACES):
+        entries = [
+            on_disk.Entry(file.stem, Picture(file), label, classes.names[label])
+            for file, label in (classes.images_in(folder) if folder.is_dir() else ())
+        ]
+        if entries:
+            return on_disk.sample_list(folder, entries, classes.names)
     raise RequestError(
         f"{root} holds no training images in folders of WordNet ids, such as {TRAIN_PLACES[0]}/n01440764; "
         "unpack ILSVRC2012_img_train.tar and each archive in it to a folder of its own"

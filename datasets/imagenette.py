@@ -17,7 +17,6 @@ FOLDERS = {"full": "imagenette2", "320px": "imagenette2-320", "160px": "imagenet
 SPLITS = ("val", "train")
 LABELS = ("imagenet", "own")
 #: As in the archives; files of macOS that came along begin with a dot.
-ENDINGS = (".jpeg", ".jpg", ".png")
 
 
 @dataset(
@@ -65,25 +64,23 @@ def imagenette(
     home = Home(
         NAME, FOLDERS[size], (split,),
         f"fetch {FOLDERS[size]}.tgz from https://github.com/fastai/imagenette, unpack it and give root = the "
-        "folder that holds it, or give download = true to have it done",
+        "folder that holds it",
+        ", or give download = true to have it done",
     )  # fmt: skip
     if download:
         home.fetch(root, lambda base: _download(base, size))
     base = home.find(root)
     classes = imagenet_classes()
-    wnids = sorted(path.name for path in (base / split).iterdir() if path.is_dir())
-    entries = []
-    for place, wnid in enumerate(wnids):
-        label = classes.label(wnid, str(base / split))
-        files = sorted(file for file in (base / split / wnid).iterdir() if file.suffix.lower() in ENDINGS)
-        entries += [
-            Entry(f"{split}/{wnid}/{file.name}", Picture(file), label if labels == "imagenet" else place,
-                  classes.names[label])
-            for file in files if not file.name.startswith(".")
-        ]  # fmt: skip
+    found = list(classes.images_in(base / split))
+    present = sorted({label for _, label in found})  # in the order of the WordNet ids, as labels are
+    entries = [
+        Entry(f"{split}/{file.parent.name}/{file.name}", Picture(file),
+              label if labels == "imagenet" else present.index(label), classes.names[label])
+        for file, label in found
+    ]  # fmt: skip
     if not entries:
         raise RequestError(f"dataset '{NAME}': {base / split} holds no images; unpack the archive anew")
-    own = tuple(classes.names[classes.labels[wnid]] for wnid in wnids)
+    own = tuple(classes.names[label] for label in present)
     return sample_list(base, entries, classes.names if labels == "imagenet" else own)
 
 

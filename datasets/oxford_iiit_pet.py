@@ -25,8 +25,8 @@ HOME = Home(
     "oxford-iiit-pet",
     ("images", "annotations"),
     "fetch images.tar.gz and annotations.tar.gz from https://www.robots.ox.ac.uk/~vgg/data/pets/, unpack "
-    "both in a folder oxford-iiit-pet/ and give root = the folder that holds it, or give download = true "
-    "to have it done (0.8 GB)",
+    "both in a folder oxford-iiit-pet/ and give root = the folder that holds it",
+    ", or give download = true to have it done (0.8 GB)",
 )
 SPLITS = ("test", "trainval")
 LABELS = ("breed", "species", "imagenet")

@@ -35,8 +35,9 @@ HOME = Home(
     holds=("JPEGImages",),
     advice=(
         "get VOCtrainval_11-May-2012.tar from host.robots.ox.ac.uk/pascal/VOC/voc2012, unpack it, and give "
-        "root = the folder that holds VOCdevkit; or give download = true besides, and torchvision fetches it"
+        "root = the folder that holds VOCdevkit"
     ),
+    download="; or give download = true besides, and torchvision fetches it",
 )
 
 

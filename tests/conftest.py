@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import io
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,12 +12,11 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
-from rich.console import Console
 from small_runs import lay_out
 from torch import nn
 
 import faithmap  # noqa: F401  (mends torchvision's operators before anything imports it)
-from faithmap import cli, fitting, registry
+from faithmap import fitting, registry
 from faithmap.batch import Batch
 from faithmap.context import Context
 from faithmap.explaining import bind
@@ -161,17 +159,11 @@ def own_plugins() -> Iterator[None]:
 
 
 @pytest.fixture
-def typed(monkeypatch: pytest.MonkeyPatch) -> Typed:
+def typed() -> Typed:
     """Type a command: its exit code and what it printed, to stdout and to stderr."""
+    from fits import typed as type_command
 
-    def run(*words: object) -> tuple[int, str]:
-        stream = io.StringIO()
-        console = Console(file=stream, width=300)
-        monkeypatch.setattr(cli, "OUT", console)
-        monkeypatch.setattr(cli, "ERR", console)
-        return cli.main([str(word) for word in words]), stream.getvalue()
-
-    return run
+    return type_command
 
 
 @pytest.fixture

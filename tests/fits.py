@@ -49,7 +49,7 @@ def asked(model: Model, n: int = 12, **changes: Any) -> training.Training:
 def typed(*words: object) -> tuple[int, str]:
     """Type a command: its exit code and all that it printed."""
     stream = io.StringIO()
-    console, kept = Console(file=stream, width=240), (cli.OUT, cli.ERR)
+    console, kept = Console(file=stream, width=300), (cli.OUT, cli.ERR)
     cli.OUT = cli.ERR = console
     try:
         more = ["--threads", "1"] if words[0] == "train" and "--threads" not in words else []

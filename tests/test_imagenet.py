@@ -112,6 +112,7 @@ class TestLayouts:
             for number in (2, 10):
                 photograph(tmp_path / "train" / wnid / f"{wnid}_{number}.JPEG", (20, 30), [])
         (tmp_path / "train" / "notes.txt").write_text("no image")
+        (tmp_path / "train" / TENCH / f"._{TENCH}_2.JPEG").write_bytes(b"what macOS leaves beside a file")
         samples = build("imagenet", root=tmp_path, split="train")
         assert {sample.id: sample.label for sample in samples} == {
             f"{TENCH}_2": 0, f"{TENCH}_10": 0, f"{TOILET_TISSUE}_2": 999, f"{TOILET_TISSUE}_10": 999,

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from faithmap import fitting, gradient_masks, registry, seen_features
 from faithmap.batch import Batch
 from faithmap.context import Context
+from faithmap.decoder_training import DecoderTraining
 from faithmap.errors import FaithmapError, RequestError
 from faithmap.models import Model, load_model
 
@@ -94,8 +95,8 @@ class TestFit:
     @pytest.mark.parametrize("mask", ["gradient", "none"])
     def test_what_is_kept_is_what_is_computed_anew(self, model: Model, mask: str) -> None:
         """Image by image, in any company, and once alone."""
-        module, data = inside("scan"), make_data(model, 5)
-        training = module._Training(make_scan(mask=mask), model, 0, "fp32")
+        data = make_data(model, 5)
+        training = DecoderTraining(make_scan(mask=mask), model, 0, "fp32")
         training.keep_features(5, 2)
         assert training.seen is not None
         for chosen in ([0, 1, 2], [4, 2, 3, 0]):

@@ -278,6 +278,12 @@ def _initialise(module: nn.Module, generator: torch.Generator) -> None:
             module.bias.uniform_(-bound, bound, generator=generator)
 
 
+def weights_of(decoder: Decoder) -> dict[str, Tensor]:
+    """Weights and running statistics, without the counters that torch keeps beside them."""
+    state: dict[str, Tensor] = decoder.state_dict()
+    return {name: value for name, value in state.items() if value.is_floating_point()}
+
+
 @torch.no_grad()
 def fold_norms(decoder: Decoder) -> None:
     """Make the norms that follow a convolution a part of it: two of three in each residual module.

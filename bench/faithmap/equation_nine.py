@@ -215,15 +215,14 @@ def read_lines(file: Path) -> list[dict[str, str]]:
     return lines
 
 
-def write_lines(file: Path, lines: Sequence[Mapping[str, Any]]) -> None:
-    """Write lines to a file, behind those that it holds of other models, data or decoders."""
+def write_lines(file: Path, held: Sequence[Mapping[str, str]], lines: Sequence[Mapping[str, Any]]) -> None:
+    """Write lines to a file, behind those that it held of other models, data or decoders."""
     made = {_cell(line) for line in lines}
-    held = [line for line in read_lines(file) if _cell(line) not in made] if file.is_file() else []
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     names = [*CELL, "image_id", *SCORES]
     writer.writerow(names)
-    writer.writerows([line[name] for name in names] for line in held)
+    writer.writerows([line[name] for name in names] for line in held if _cell(line) not in made)
     for line in lines:
         values = [f"{line[name]:.6g}" for name in SCORES]
         writer.writerow([*(line[name] for name in CELL), line["image_id"], *values])
@@ -251,15 +250,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options.out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise RequestError(f"--out {options.out}: no folder can be made there ({error})") from error
-    if (options.out / FILES[0]).is_file():
-        read_lines(options.out / FILES[0])  # raises before anything is measured
+    file = options.out / FILES[0]
+    held = read_lines(file) if file.is_file() else []  # raises before anything is measured
     grid, _ = fit_wanted(grid, Silent())  # one that fails is told with its reason
     apply_settings(grid, resolve_settings(grid, None))
     lines = list(lines_of(grid))
     if not lines:
         raise RequestError(f"{options.request} names no explainer 'scan' with output 'confidence'")
-    write_lines(options.out / FILES[0], lines)
-    written = read_lines(options.out / FILES[0])
+    write_lines(file, held, lines)
+    written = read_lines(file)
     (options.out / FILES[1]).write_text(page(written), encoding="utf-8")
     sys.stdout.write(summary(written))
     return 0

@@ -166,8 +166,7 @@ def served_key(plugin: Plugin, params: Mapping[str, Any], model: Model) -> str:
     kept = fit_params(plugin, params)
     spelled = getattr(plugin.target, "as_default", None)
     if spelled is not None:
-        usual = {key: plugin.parameters[key] for key in spelled(plugin.make(params), model)}
-        kept |= {key: value for key, value in usual.items() if key in kept}
+        kept |= {key: plugin.parameters[key] for key in kept.keys() & spelled(plugin.make(params), model)}
     return digest(
         plugin.name, plugin.facts.version, model.weights_digest(), model.mean.flatten().tolist(),
         model.std.flatten().tolist(), repr(model.transform), place, kept, length=12,

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 
 from faithmap.errors import RequestError
+from faithmap.pictures import SUFFIXES
 
 
 @dataclass(frozen=True)
@@ -30,6 +32,18 @@ class ImageNetClasses:
                 f"{self.wnids[0]} to {self.wnids[-1]}"
             )
         return label
+
+    def images_in(self, folder: Path) -> Iterator[tuple[Path, int]]:
+        """The images in folders of WordNet ids, sorted, each with its label.
+
+        Raises:
+            RequestError: a folder is named otherwise.
+        """
+        for place in sorted(path for path in folder.iterdir() if path.is_dir()):
+            label = self.label(place.name, str(folder))
+            for file in sorted(place.iterdir()):
+                if file.suffix.lower() in SUFFIXES and not file.name.startswith("."):
+                    yield file, label
 
 
 @cache

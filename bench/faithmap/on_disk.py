@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -30,11 +29,8 @@ class Home:
     holds: Sequence[str]
     #: Where the data are had and what to unpack, as the end of a sentence.
     advice: str
-
-    @property
-    def by_hand(self) -> str:
-        """The advice for those who have asked for a download already."""
-        return re.sub(r"[,;] or give download = true.*", "", self.advice)
+    #: What is said behind it to those who have not asked for a download, where there is one.
+    download: str = ""
 
     def find(self, root: str | Path | None) -> Path:
         """The dataset's folder: `root` itself, or the folder of that name in it.
@@ -46,15 +42,17 @@ class Home:
         """
         base = Path(root).expanduser() if root is not None else kept()
         if root is None and not (base / self.folder).is_dir():
-            raise RequestError(f"dataset '{self.name}' needs root; {self.advice}")
+            raise RequestError(f"dataset '{self.name}' needs root; {self.advice}{self.download}")
         if not base.is_dir():
-            raise RequestError(f"dataset '{self.name}': no such folder: {base}; {self.advice}")
+            raise RequestError(f"dataset '{self.name}': no such folder: {base}; {self.advice}{self.download}")
         for place in (base / self.folder, base):
             if place.is_dir() and all((place / name).exists() for name in self.holds):
                 return place
         place = base / self.folder if (base / self.folder).is_dir() else base
         missing = next(name for name in self.holds if not (place / name).exists())
-        raise RequestError(f"dataset '{self.name}': {place} holds no '{missing}'; {self.advice}")
+        raise RequestError(
+            f"dataset '{self.name}': {place} holds no '{missing}'; {self.advice}{self.download}"
+        )
 
     def is_in(self, base: Path) -> bool:
         """Whether a folder holds the dataset."""
@@ -87,7 +85,7 @@ class Home:
         if os.environ.get(OFFLINE_VARIABLE, "").lower() in ("1", "true", "yes", "on"):
             raise RequestError(
                 f"dataset '{self.name}' is not in {base}, and the network may not be asked "
-                f"(--offline, or {OFFLINE_VARIABLE}); {self.by_hand}"
+                f"(--offline, or {OFFLINE_VARIABLE}); {self.advice}"
             )
         fresh = not self.is_in(base)
         if fresh and (base / self.folder).exists():
@@ -103,7 +101,7 @@ class Home:
         except Exception as error:
             said = str(error).strip().splitlines() or [type(error).__name__]
             raise RequestError(
-                f"dataset '{self.name}' cannot be downloaded: {said[0]}; {self.by_hand}"
+                f"dataset '{self.name}' cannot be downloaded: {said[0]}; {self.advice}"
             ) from error
 
 

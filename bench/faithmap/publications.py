@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from importlib import resources
@@ -144,9 +144,8 @@ class Publication:
     target: str
     map_grid: str
     transform: str
-    columns: Mapping[str, Column]
-    #: (Column, setting): what a column means in a setting in which other scores answer it.
-    columns_in: Mapping[tuple[str, str], Column]
+    #: What a column means, by its name and the setting in which it does; "" for all others.
+    meanings: Mapping[tuple[str, str], Column]
     methods: Mapping[str, Method]
     figures: tuple[Figures, ...]
     #: (Table or "", column or "", sentence).
@@ -154,7 +153,12 @@ class Publication:
 
     def column(self, name: str, setting: str = "") -> Column:
         """What a column means in a setting."""
-        return self.columns_in.get((name, setting), self.columns[name])
+        return self.meanings.get((name, setting), self.meanings[name, ""])
+
+    @property
+    def columns(self) -> dict[str, Column]:
+        """What the columns mean but for settings in which other scores answer them."""
+        return {name: column for (name, setting), column in self.meanings.items() if not setting}
 
     @property
     def tables(self) -> list[str]:
@@ -218,8 +222,8 @@ def read_publications(folder: Traversable) -> dict[str, Publication]:
             name: [(where, entry) for where, entry in tables[name] if entry["source"] == source]
             for name in owned
         }
-        columns_in = _columns(own["mapping"], own["readings"])
-        columns = {name: column for (name, setting), column in columns_in.items() if not setting}
+        meanings = _columns(own["mapping"], own["readings"])
+        columns = {name for name, _ in meanings}
         methods = {entry["method"]: _method(where, entry) for where, entry in own["methods"]}
         settings = {
             (entry["table"], entry["setting"]): _variant(where, entry, methods)
@@ -228,8 +232,7 @@ def read_publications(folder: Traversable) -> dict[str, Publication]:
         found[source] = Publication(
             name=source,
             **{key: line[key] for key in _HEADERS["sources"][2:]},
-            columns=columns,
-            columns_in=columns_in,
+            meanings=meanings,
             methods=methods | {variant.name: variant for variant in settings.values()},
             figures=_figures(folder / line["file"], source, columns, methods, settings, models, images),
             notes=tuple((entry["table"], entry["column"], entry["note"]) for _, entry in own["notes"]),
@@ -340,7 +343,7 @@ def _params(where: str, text: str) -> dict[str, Any]:
 def _figures(
     file: Traversable,
     source: str,
-    columns: Mapping[str, Column],
+    columns: Collection[str],
     methods: Mapping[str, Method],
     settings: Mapping[tuple[str, str], Method],
     models: Mapping[str, PublishedModel],
@@ -356,7 +359,7 @@ def _figures(
         _known(where, "source", line["source"], [source])
         known = (("metric", columns), ("explainer", methods), ("model", models), ("dataset", images))
         for key, names in known:
-            _known(where, key, line[key], cast("Mapping[str, object]", names))
+            _known(where, key, line[key], cast("Iterable[str]", names))
         variant = settings.get((line["table"], line["setting"]))
         name, setting = (line["explainer"], line["setting"]) if variant is None else (variant.name, "")
         place = (line["table"], line["model"], line["dataset"], setting)

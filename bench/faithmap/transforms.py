@@ -111,8 +111,6 @@ def prepare(sample: Sample, transform: Transform) -> Prepared:
 
 def _picture(value: Any) -> PIL.Image.Image | Tensor:
     """A file as a viewer shows it, upright; an image in memory as it is, in RGB."""
-    if isinstance(value, str | Path):
-        return Picture(Path(value)).image()
     value = _resolve(value)
     if isinstance(value, str | Path):
         return Picture(Path(value)).image()

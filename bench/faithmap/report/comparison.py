@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from faithmap.evidence import Evidence
+    from faithmap.publications import Figures
 
 _SIGNS: dict[Verdict, str] = {
     "agree": "\N{CHECK MARK}",
@@ -74,10 +75,13 @@ def render_comparison(sections: Sequence[Section]) -> str:
 def figures_title(section: Section) -> str:
     """Where published figures stand: source, table, model, images and setting."""
     figures = section.figures
+    return f"{code(f'{figures.source}:{figures.table}')}, {_place(figures)}"
+
+
+def _place(figures: Figures) -> str:
+    """Model, images and setting of published figures."""
     setting = f", {figures.setting}" if figures.setting else ""
-    return (
-        f"{code(f'{figures.source}:{figures.table}')}, {figures.model.name} on {figures.images.name}{setting}"
-    )
+    return f"{figures.model.name} on {figures.images.name}{setting}"
 
 
 def _overview(sections: Iterable[Section]) -> str:
@@ -393,8 +397,8 @@ def _reasons(missing: Mapping[str, str]) -> str:
 def reasons_by_section(sections: Sequence[Section]) -> list[str]:
     """One sentence for each set of figures that some run could be, but this one is not, compared with."""
     return [
-        f"{section.figures.source}:{section.figures.table}, {section.figures.model.name} on "
-        f"{section.figures.images.name}, not with {section.cell.model} on {section.cell.dataset}: "
+        f"{section.figures.source}:{section.figures.table}, {_place(section.figures)}, "
+        f"not with {section.cell.model} on {section.cell.dataset}: "
         + "; ".join(dict.fromkeys(section.missing.values()))
         for section in sections
         if not section.comparisons and not section.closed
@@ -434,10 +438,7 @@ def figures_tables(sections: Sequence[Section]) -> list[Table]:
         caption = f"not comparable: {'; '.join(reasons)}" if reasons else None
         for comparison in section.comparisons:
             figures, score = section.figures, column_of(comparison.score)
-            setting = f", {figures.setting}" if figures.setting else ""
-            there = (
-                f"{figures.source}:{figures.table}, {figures.model.name} on {figures.images.name}{setting}"
-            )
+            there = f"{figures.source}:{figures.table}, {_place(figures)}"
             drawn = Table(
                 title=Text(f"{there}: {comparison.column.name}"), caption=caption and Text(caption),
                 header_style="bold", pad_edge=False,
