@@ -17,6 +17,7 @@ from faithmap.pictures import ORIENTATION, to_rgb, turned, turned_mask
 from faithmap.records import Sample, SampleList
 
 if TYPE_CHECKING:
+    import numpy as np
     import PIL.Image
     import torch
 
@@ -46,6 +47,7 @@ def huggingface(
     box_units: str = "pixels",
     mask: str = "",
     mask_value: int | None = None,
+    void_value: int | None = None,
     id: str = "",
     streaming: bool = False,
     take: int | None = None,
@@ -79,7 +81,9 @@ def huggingface(
             (left, top, width, height), "cxcywh" (centre, width, height). Pixels are counted from 0.
         box_units: "pixels" of the stored image, or "relative" to its width and height.
         mask: the column of the masks, images as large as the stored image; "" for none.
-        mask_value: the value on the object; by default all but 0.
+        mask_value: the value on the object; by default all but 0, and but `void_value`.
+        void_value: the value, often 255, of pixels that belong neither to the object nor to the
+            background; metrics of localisation pass over them. By default there are none.
         id: a column whose values serve as ids.
         streaming: read no more of the split than its first rows. They stay in memory.
         take: how many rows to stream, in the dataset's own order. This is not `limit`, which balances
@@ -91,6 +95,11 @@ def huggingface(
         RequestError: the library is missing, or the dataset, split, revision or a column is not there.
     """
     _check(path, root, data_files, box_format, box_units, streaming, take)
+    if void_value is not None and (not mask or void_value == mask_value):
+        raise RequestError(
+            f"dataset '{NAME}', void_value: got {void_value}, mask '{mask}' and mask_value {mask_value}; "
+            "expected the value of undecided pixels in a column of masks, another than mask_value"
+        )
     table = open_table(
         path,
         config=config,
@@ -108,7 +117,7 @@ def huggingface(
         if name:
             table.check_column(parameter, name)
     labels, names = _labels(table, label, whole=not streaming)
-    source = Source(table.rows, image, boxes, box_format, box_units, mask, mask_value)
+    source = Source(table.rows, image, boxes, box_format, box_units, mask, mask_value, void_value)
     return SampleList(
         (
             Sample(
@@ -118,6 +127,7 @@ def huggingface(
                 boxes=partial(source.upright_boxes, row) if boxes else None,
                 mask=partial(source.upright_mask, row) if mask else None,
                 name=names[known] if known is not None and known < len(names) else "",
+                void=partial(source.upright_void, row) if void_value is not None else None,
             )
             for row, (image_id, known) in enumerate(zip(_ids(table, id), labels, strict=True))
         ),
@@ -211,6 +221,7 @@ class Source:
     box_units: str
     mask: str
     mask_value: int | None
+    void_value: int | None
 
     def picture(self, row: int) -> PIL.Image.Image:
         """The image of a row, upright and in RGB.
@@ -258,6 +269,28 @@ class Source:
         Raises:
             DataError: it is broken or of another size, or the image is broken.
         """
+        values, turn = self._mask_values(row)
+        on = values != 0 if self.mask_value is None else values == self.mask_value
+        on = on if on.ndim == 2 else on.any(2)
+        return turned_mask(on & ~self._is_void(values), turn)
+
+    def upright_void(self, row: int) -> torch.Tensor:
+        """Where the mask is undecided, bool (H, W), of the upright image.
+
+        Raises:
+            DataError: as for `upright_mask`.
+        """
+        values, turn = self._mask_values(row)
+        return turned_mask(self._is_void(values), turn)
+
+    def _is_void(self, values: np.ndarray) -> np.ndarray:
+        import numpy as np
+
+        void = values == (-1 if self.void_value is None else self.void_value)
+        return np.asarray(void if void.ndim == 2 else void.all(2))
+
+    def _mask_values(self, row: int) -> tuple[np.ndarray, int]:
+        """What the mask of a row holds, (H, W) or (H, W, bands), and the turn that EXIF asks of its image."""
         import numpy as np
 
         stored = self._stored(row, self.image)
@@ -274,8 +307,7 @@ class Source:
                 f"row {row}: the mask has {values.shape[1]} x {values.shape[0]} pixels, the image "
                 f"{size[0]} x {size[1]}; a mask must be as large as its image"
             )
-        on = values != 0 if self.mask_value is None else values == self.mask_value
-        return turned_mask(on if on.ndim == 2 else on.any(2), stored.getexif().get(ORIENTATION, 1))
+        return values, stored.getexif().get(ORIENTATION, 1)
 
     def _stored(self, row: int, column: str) -> PIL.Image.Image:
         """An image as it is stored, opened but not yet decoded."""

@@ -45,10 +45,11 @@ TRUTHS = ("mask", "head")
 SPECIES = ("Cat", "Dog")
 #: Values of the trimaps.
 PET, BACKGROUND, BORDER = 1, 2, 3
+BORDERS = ("void", "pet", "background")
 
 
 @dataset(
-    version=1,
+    version=2,
     source="Parkhi et al. 2012 (CVPR)",
     license="CC BY-SA 4.0; the copyright remains with the owners of the photographs",
     citation="O. M. Parkhi, A. Vedaldi, A. Zisserman, C. V. Jawahar. Cats and Dogs. CVPR, 2012.",
@@ -60,7 +61,7 @@ def oxford_iiit_pet(
     split: str = "test",
     labels: str = "breed",
     truth: str = "mask",
-    border: bool = True,
+    border: str = "void",
     download: bool = False,
 ) -> Iterable[Sample]:
     """Photographs of 37 breeds of cats and dogs, with a mask of the animal.
@@ -70,8 +71,7 @@ def oxford_iiit_pet(
     digest of ids, labels and boxes and of the files' sizes.
 
     A trimap holds 1 on the pet, 2 on the background and 3 along its outline, which the authors call
-    "not classified"; it is about as wide as fur is blurred. A mask has no third value, so `border`
-    says where the outline goes.
+    "not classified"; it is about as wide as fur is blurred. `border` says where the outline goes.
 
     The boxes of the dataset are of the head, not of the animal, and only the images for training
     have them. They are therefore no truth about a breed, unless `truth = "head"` asks for them.
@@ -85,8 +85,9 @@ def oxford_iiit_pet(
         labels: "breed", 0 to 36; "species"; or "imagenet", for models of ImageNet's 1000 classes: the 24
             breeds that are among these, under their labels, and no other images.
         truth: "mask" gives the trimaps as masks; "head" gives the heads' boxes and no masks.
-        border: count the outline as pet. So does the common two-class reading of the dataset, such
-            as that of the library segmentation_models.pytorch; false leaves it to the background.
+        border: what the outline counts as: "void", neither, so that metrics of localisation pass over
+            it; "pet", as in the common two-class reading of the dataset, such as that of the library
+            segmentation_models.pytorch; or "background".
         download: fetch what is missing to `root`, with a check of the MD5 sums.
 
     Raises:
@@ -95,6 +96,7 @@ def oxford_iiit_pet(
     one_of(NAME, "split", split, SPLITS)
     one_of(NAME, "labels", labels, LABELS)
     one_of(NAME, "truth", truth, TRUTHS)
+    one_of(NAME, "border", border, BORDERS)
     if download:
         HOME.fetch(root, _download)
     base = HOME.find(root)
@@ -109,9 +111,8 @@ def oxford_iiit_pet(
                 f'{base / "annotations" / "xmls"}; those of "trainval" have'
             )
     else:
-        on_pet = partial(_on_pet, border=border)
         folder = base / "annotations" / "trimaps"
-        entries = [_with_mask(entry, folder, on_pet) for entry in entries]
+        entries = [_with_mask(entry, folder, border) for entry in entries]
     return sample_list(base, entries, SPECIES if labels == "species" else breeds)
 
 
@@ -160,18 +161,24 @@ def _listed(base: Path, split: str, labels: str) -> tuple[list[Entry], Sequence[
     return list(entries.values()), [breeds.get(label, "") for label in range(max(breeds) + 1)]
 
 
-def _with_mask(entry: Entry, folder: Path, on_pet: partial[np.ndarray]) -> Entry:
-    file = folder / Path(entry.id).with_suffix(".png")
-    return replace(entry, picture=replace(entry.picture, mask_path=file, on_object=on_pet))
+def _with_mask(entry: Entry, folder: Path, border: str) -> Entry:
+    picture = replace(
+        entry.picture,
+        mask_path=folder / Path(entry.id).with_suffix(".png"),
+        on_object=partial(_among, wanted=(PET, BORDER) if border == "pet" else (PET,)),
+        is_void=partial(_among, wanted=(BORDER,)) if border == "void" else None,
+    )
+    return replace(entry, picture=picture)
 
 
-def _on_pet(values: np.ndarray, *, border: bool) -> np.ndarray:
-    """The pet's pixels of a trimap."""
+def _among(values: np.ndarray, *, wanted: tuple[int, ...]) -> np.ndarray:
+    """The pixels of a trimap with one of some values."""
+    import numpy as np
+
     if values.ndim != 2 or not ((values >= PET) & (values <= BORDER)).all():
         found = sorted({int(value) for value in values.ravel()[:100_000]})[:5]
         raise DataError(f"the trimap holds {found}, expected 1 (pet), 2 (background) and 3 (border)")
-    pet: np.ndarray = values != BACKGROUND if border else values == PET
-    return pet
+    return np.isin(values, wanted)
 
 
 def _with_head(entry: Entry, folder: Path) -> Entry:

@@ -25,6 +25,8 @@ CLASSES = (
     "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow", "diningtable",
     "dog", "horse", "motorbike", "person", "pottedplant", "sheep", "sofa", "train", "tvmonitor",
 )  # fmt: skip
+#: What masks hold along the outlines of objects.
+VOID = 255
 FOLDER = "VOCdevkit/VOC2012"
 SPLITS = ("val", "train", "trainval")
 TASKS = ("segmentation", "detection")
@@ -42,7 +44,7 @@ HOME = Home(
 
 
 @dataset(
-    version=1,
+    version=2,
     source="Everingham et al. 2010 (doi:10.1007/s11263-009-0275-4): PASCAL VOC 2012, train and val",
     license="images under Flickr's terms of use; no licence is stated for the annotations",
     revision="VOCtrainval_11-May-2012",
@@ -67,9 +69,10 @@ def voc2012(
     An image of two aeroplanes and two persons gives two samples, `2007_000032/aeroplane` with both
     aeroplanes and `2007_000032/person`; the map of one label is judged on its own objects. The
     stored boxes count pixels from 1, both ends included; they become pixel edges, `xmin - 1, ymin -
-    1, xmax, ymax`. Masks hold the pixels of the class; the void border around objects (255) belongs
-    to none. Labels are 0 to 19 in alphabetical order unless a class map gives the model's. The
-    revision is a digest of ids, sizes in bytes, labels and boxes.
+    1, xmax, ymax`. Masks hold the pixels of the class. The void border around objects (255) belongs to
+    none and is no background either: metrics of localisation pass over it. Labels are 0 to 19 in
+    alphabetical order unless a class map gives the model's. The revision is a digest of ids, sizes in
+    bytes, labels and boxes.
 
     Args:
         root: the folder that holds `VOCdevkit/VOC2012`, or one of these two.
@@ -79,7 +82,7 @@ def voc2012(
         objects: "each-class" for a sample of every class in an image; "single" for those images
             alone in which all objects are of one class.
         difficult: whether objects that the annotators marked as difficult count. Without them their
-            boxes are left out, the masks lose what only such boxes cover, and a class with no
+            boxes are left out, what only such boxes cover of a mask is void, and a class with no
             other object in an image gives no sample there.
         class_map: a JSON object `{name: class}` or a CSV with the column `label`, as for
             `imagefolder`: which of the model's classes `aeroplane` and so on stand for. Classes that
@@ -194,7 +197,9 @@ def _entries(
 
 
 def _sample(entry: Entry) -> Sample:
-    picture = Picture(entry.image, entry.boxes, entry.mask, partial(_on_object, entry))
+    picture = Picture(
+        entry.image, entry.boxes, entry.mask, partial(_on_object, entry), partial(_undecided, entry)
+    )
     return Sample(
         id=entry.id,
         image=picture.image,
@@ -202,20 +207,39 @@ def _sample(entry: Entry) -> Sample:
         boxes=picture.upright_boxes,
         mask=picture.upright_mask if entry.mask else None,
         name=entry.name,
+        void=picture.upright_void if entry.mask else None,
     )
 
 
 def _on_object(entry: Entry, values: np.ndarray) -> np.ndarray:
     """The pixels of the class, without those that only difficult objects' boxes cover."""
+    counted: np.ndarray = _of_class(entry, values) & ~_hidden(entry, values)
+    return counted
+
+
+def _undecided(entry: Entry, values: np.ndarray) -> np.ndarray:
+    """The border around objects, and the pixels of difficult objects of the class that do not count."""
+    undecided: np.ndarray = (values == VOID) | (_of_class(entry, values) & _hidden(entry, values))
+    return undecided
+
+
+def _of_class(entry: Entry, values: np.ndarray) -> np.ndarray:
+    if values.ndim != 2:
+        raise DataError(f"{entry.mask} holds colours; expected the palette image, whose values are classes")
+    found: np.ndarray = values == CLASSES.index(entry.name) + 1
+    return found
+
+
+def _hidden(entry: Entry, values: np.ndarray) -> np.ndarray:
+    """Where boxes of difficult objects lie that do not count, but none that does."""
     import torch
 
     from faithmap.batch import box_mask
 
-    if values.ndim != 2:
-        raise DataError(f"{entry.mask} holds colours; expected the palette image, whose values are classes")
-    found: np.ndarray = values == CLASSES.index(entry.name) + 1
-    if entry.hidden:
-        size = (found.shape[0], found.shape[1])
-        hidden, kept = (box_mask(torch.tensor(boxes), size).numpy() for boxes in (entry.hidden, entry.boxes))
-        found &= kept | ~hidden
-    return found
+    height, width = values.shape[:2]
+    hidden, kept = (
+        box_mask(torch.tensor(boxes).reshape(-1, 4), (height, width)).numpy()
+        for boxes in (entry.hidden, entry.boxes)
+    )
+    only_hidden: np.ndarray = hidden & ~kept
+    return only_hidden

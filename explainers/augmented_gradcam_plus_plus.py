@@ -120,7 +120,7 @@ def _copies(model: Model, batch: Batch, owner: Tensor, move: Tensor) -> Batch:
     images = _warp(batch.images[places] - model.mean, theta, mode="nearest") + model.mean
     return replace(
         batch, images=images, targets=batch.targets[places], ids=tuple(batch.ids[i] for i in owner.tolist()),
-        context=Context(model, images), labels=None, masks=None, boxes=None, cache={},
+        context=Context(model, images), labels=None, masks=None, void=None, boxes=None, cache={},
     )  # fmt: skip
 
 

@@ -198,7 +198,7 @@ def _mosaics(own: Batch, others: list[list[Tensor]], double: bool) -> _Mosaics:
             scale = torch.tensor([_length(here[1]) / own.size[1], _length(here[0]) / own.size[0]] * 2)
             boxes.append(own.boxes[i] * scale + torch.tensor([here[1].start, here[0].start] * 2))
     grid = own.grid if own.grid is None or not double else (SIDE * own.grid[0], SIDE * own.grid[1])
-    return _Mosaics(with_images(own, canvas, masks=masks, boxes=boxes, grid=grid), quarter)
+    return _Mosaics(with_images(own, canvas, masks=masks, void=None, boxes=boxes, grid=grid), quarter)
 
 
 def rectangles(height: int, width: int) -> list[tuple[slice, slice]]:

@@ -66,6 +66,10 @@ def test_score_uses_the_truths_it_is_given() -> None:
     truth = batch.masks.float() if batch.masks is not None else torch.zeros(0)
     perfect = faithmap.score(model, batch.images, truth, metrics=["energy-pointing-game"], **whole)
     assert perfect[perfect["metric"] == "energy_pg"]["value"].tolist() == [100.0] * 4
+    alone = ["energy-pointing-game[most_share=1]"]
+    maps = torch.rand_like(truth) + 0.1
+    found = faithmap.score(model, batch.images, maps, metrics=alone, void=truth == 0, **whole)
+    assert found[found["metric"].str.startswith("energy_pg")]["value"].tolist() == pytest.approx([100.0] * 4)
 
 
 def test_score_reduces_maps_only_when_asked() -> None:
@@ -115,6 +119,7 @@ GOOD = {"images": images(), "maps": torch.rand(3, 8, 8)}
         ({"targets": [0, 1, 9]}, "the model has 5 classes"),
         ({"labels": [0.5, 1.0, 2.0]}, "whole numbers"),
         ({"masks": torch.ones(3, 8, 8)}, "masks have shape"),
+        ({"void": torch.ones(3, 32, 32)}, r"void has shape \(3, 32, 32\), masks None"),
         ({"boxes": [torch.zeros(1, 4)]}, "boxes are given for 1 images"),
         ({"ids": ["a", "a", "b"]}, "all different"),
         ({"metrics": ["energy-pointing-game"]}, "give labels=, masks= or boxes="),

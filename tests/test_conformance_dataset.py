@@ -116,6 +116,7 @@ BROKEN: list[tuple[str, Listing, dict[str, Any], str]] = [
     ("check_truths", changed(boxes=torch.tensor([[0.2, 0.2, 0.6, 0.8]])), {}, "pixels, not shares"),
     ("check_truths", changed(boxes=torch.tensor([15.0, 10.0, 40.0, 30.0])), {}, "(K, 4)"),
     ("check_truths", changed(mask=MASK), {}, "is empty"),
+    ("check_truths", changed(void=torch.ones(40, 60)), {}, "leaves open what a pixel belongs to"),
     ("check_truths", changed(mask=CORNER), {}, "Mask and boxes are both of the labelled object"),
 ]
 
@@ -130,6 +131,12 @@ def test_a_broken_promise_is_told_by_its_check_alone(
     found = failing(checked(listing, **facts))
     assert set(found) == {check}, found
     assert advice in found[check]
+
+
+def test_a_void_of_another_size_is_told() -> None:
+    found = failing(checked(changed(void=torch.zeros(30, 60))))
+    assert set(found) == {"check_images", "check_truths"}
+    assert "Give void= only beside mask=" in found["check_truths"]
 
 
 def test_a_mask_of_another_size_is_told() -> None:

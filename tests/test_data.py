@@ -166,6 +166,9 @@ def test_long_images_are_resized_within_the_crop_alone(size: tuple[int, int], cr
     rows, columns = ((torch.arange(n) + 0.5) * o / n for n, o in zip(plan.resized, size, strict=True))
     moved = mask[rows.long()][:, columns.long()][top : top + 32, left : left + 32]
     assert prepared.mask is not None and torch.equal(prepared.mask, moved)
+    without = prepare(Sample("a", picture, mask=mask, void=~mask), transform)
+    # Beyond the image there is background: black, and not undecided.
+    assert without.void is not None and not (without.void & moved).any()
     endless = PIL.Image.new("RGB", (1, 60000), "teal")  # 9 GB if all of it were resized
     seen = prepare(Sample("b", endless), Transform((224, 224))).image
     assert seen.shape == (3, 224, 224) and torch.allclose(seen[:, 0, 0] * 255, torch.tensor([0.0, 128, 128]))
@@ -226,12 +229,17 @@ def test_a_truth_does_not_depend_on_the_other_images(model: Model) -> None:
         Sample("box", image, 0, boxes=torch.tensor([[4, 4, 12, 20]])),
         Sample("mask", image, 0, mask=mask),
         Sample("none", image),
+        Sample("void", image, 0, mask=mask, void=~mask),
     ]
     gives = frozenset({"label", "box", "mask"})
     read = [(sample, prepare(sample, Transform((32, 32), 1.0))) for sample in samples]
     together = make_batch(read, model, "predicted", None, 0, gives)
     region = together.region()
-    assert region is not None and region.sum((1, 2)).tolist() == [8 * 16, 64, 0]
+    assert region is not None and region.sum((1, 2)).tolist() == [8 * 16, 64, 0, 64]
+    assert together.void is not None and together.void.sum((1, 2)).tolist() == [0, 0, 0, 32 * 32 - 64]
+    chosen = together.select([3]).void
+    assert chosen is not None and torch.equal(chosen[0], ~mask)
+    assert together.showing({"region"}).void is not None and together.showing({"label"}).void is None
     for i, one in enumerate(read):
         alone = make_batch([one], model, "predicted", None, 0, gives)
         assert alone.labels is not None and alone.boxes is not None and alone.masks is not None
@@ -292,6 +300,8 @@ def test_fields_may_be_lazy() -> None:
         (Sample("odd", torch.zeros(1, 8, 8)), "float tensor"),
         (Sample("odd", torch.full((3, 8, 8), float("nan"))), "NaN"),
         (Sample("odd", torch.zeros(3, 8, 8), mask=torch.zeros(4, 4)), "mask has shape"),
+        (Sample("odd", torch.zeros(3, 8, 8), mask=torch.ones(8, 8), void=torch.zeros(4, 4)), "its void has"),
+        (Sample("odd", torch.zeros(3, 8, 8), void=torch.ones(8, 8)), "no mask that they could be void in"),
     ],
 )
 def test_images_that_make_no_sense_are_named(sample: Sample, words: str) -> None:

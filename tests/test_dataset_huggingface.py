@@ -161,12 +161,23 @@ class TestFiles:
 
     @pytest.mark.parametrize("turn", [1, 3, 6, 8])
     def test_truths_turn_with_the_image(self, tmp_path: Path, turn: int) -> None:
-        masks = [{"bytes": grey(np.where(inside(BOX), 1, 2)), "path": None}] * 2
+        x0, y0, x1, y1 = BOX
+        rim = inside((x0 - 2, y0 - 2, x1 + 2, y1 + 2))
+        masks = [{"bytes": grey(np.where(inside(BOX), 1, np.where(rim, 255, 2))), "path": None}] * 2
         columns = rows(2, boxes=[[list(BOX)]] * 2, mask=masks)
         columns["image"] = [{"bytes": encoded(turn=turn), "path": None}] * 2
         root = write(tmp_path / "data", columns, images=("image", "mask"))
         sample = open_rows(root, boxes="boxes", mask="mask", mask_value=1)[0]
         assert torch.equal(mask_of(sample), red(sample))
+        assert sample.void is None
+        sample = open_rows(root, mask="mask", mask_value=1, void_value=255)[0]
+        assert torch.equal(mask_of(sample), red(sample))
+        assert callable(sample.void)
+        around = torch.nn.functional.max_pool2d(red(sample)[None].float(), 5, 1, 2)[0] > 0
+        assert torch.equal(sample.void(), around & ~red(sample))
+        sample = open_rows(root, mask="mask", void_value=255)[0]
+        assert torch.equal(mask_of(sample), ~around | red(sample))
+        sample = open_rows(root, boxes="boxes", mask="mask", mask_value=1)[0]
         x0, y0, x1, y1 = (int(value) for value in boxes_of(sample)[0])
         assert torch.equal(torch.from_numpy(inside((x0, y0, x1, y1), red(sample).shape[::-1])), red(sample))
         if turn == 1:
@@ -348,6 +359,8 @@ class TestTheHub:
         ({"boxes": "objects.bbox"}, "boxes: there is no column 'objects'"),
         ({"mask": "label"}, "mask: there is no column of images 'label'"),
         ({"label": "score"}, "label: column 'score' holds '0.5' in row 0, expected an integer or a word"),
+        ({"void_value": 255}, "void_value: got 255, mask '' and mask_value None; expected the"),
+        ({"mask": "image", "mask_value": 1, "void_value": 1}, "another than mask_value"),
         ({"split": "validation"}, "has no split 'validation'; known are: test"),
         ({"split": "test[:2]"}, r"has no split 'test\[:2\]' \(a slice would change the ids"),
         ({"box_format": "yxyx"}, "box_format: got 'yxyx', expected one of 'xyxy', 'xywh'"),

@@ -66,7 +66,7 @@ def root(tmp_path: Path) -> Path:
     return tmp_path
 
 
-@pytest.mark.parametrize("more", ["", ",labels=species", ",border=false", ",split=trainval"])
+@pytest.mark.parametrize("more", ["", ",labels=species", ",border=pet", ",split=trainval"])
 def test_it_passes_the_kit(root: Path, more: str) -> None:
     assert_passes_the_kit(NAME, root, more)
 
@@ -76,7 +76,7 @@ def test_torchvision_lists_the_same(root: Path, split: str) -> None:
     from torchvision.datasets import OxfordIIITPet
 
     theirs = OxfordIIITPet(root, split=split, target_types=["category", "binary-category", "segmentation"])
-    ours = listed(NAME, root=root, split=split, border=False)
+    ours = listed(NAME, root=root, split=split)
     kinds = listed(NAME, root=root, split=split, labels="species")
     assert len(theirs) == len(ours)
     for (image, (breed, species, trimap)), sample, kind in zip(theirs, ours, kinds, strict=True):
@@ -84,6 +84,8 @@ def test_torchvision_lists_the_same(root: Path, split: str) -> None:
         assert callable(sample.image)
         assert np.array_equal(np.asarray(sample.image()), np.asarray(image))
         assert np.array_equal(mask_of(sample).numpy(), np.asarray(trimap) == 1)
+        assert callable(sample.void)
+        assert np.array_equal(sample.void().numpy(), np.asarray(trimap) == 3)
     named = [name for name in ours.class_names or () if name]
     assert named == theirs.classes
     assert kinds.class_names == tuple(theirs.bin_classes)
@@ -130,8 +132,10 @@ def test_every_breed_is_the_class_of_that_name() -> None:
         assert first.removesuffix("er") in words, (breed, words)
 
 
-def test_the_border_belongs_to_the_pet_unless_it_is_left_out(root: Path) -> None:
-    counted, left_out = (by_id(listed(NAME, root=root, border=border)) for border in (True, False))
+def test_the_border_is_void_or_belongs_to_the_pet_or_to_the_background(root: Path) -> None:
+    void, counted, left_out = (
+        by_id(listed(NAME, root=root, border=border)) for border in ("void", "pet", "background")
+    )
     for name, least, most in (
         ("Abyssinian_201", 0, 2),
         ("american_bulldog_203", 0, 2),
@@ -139,6 +143,13 @@ def test_the_border_belongs_to_the_pet_unless_it_is_left_out(root: Path) -> None
     ):
         assert np.array_equal(mask_of(counted[f"{name}.jpg"]).numpy(), grown(most))
         assert np.array_equal(mask_of(left_out[f"{name}.jpg"]).numpy(), grown(least))
+        assert np.array_equal(mask_of(void[f"{name}.jpg"]).numpy(), grown(least))
+        around = void[f"{name}.jpg"].void
+        assert callable(around)
+        assert np.array_equal(around().numpy(), grown(most) & ~grown(least))
+    assert all(sample.void is None for sample in (*counted.values(), *left_out.values()))
+    with pytest.raises(RequestError, match="border: got 'true'"):
+        listed(NAME, root=root, border="true")
     assert_exact_after_the_transform(left_out["Abyssinian_201.jpg"])
     assert_exact_after_the_transform(left_out["american_bulldog_203.jpg"])
     assert_exact_after_the_transform(counted["Bengal_100.jpg"])
@@ -147,7 +158,8 @@ def test_the_border_belongs_to_the_pet_unless_it_is_left_out(root: Path) -> None
 
 def test_a_pet_that_exif_turns_keeps_its_mask(root: Path) -> None:
     paint(root / "oxford-iiit-pet" / "images" / "Abyssinian_201.jpg", BOX, turn=8)
-    sample = listed(NAME, root=root, border=False)[0]
+    sample = listed(NAME, root=root)[0]
+    assert callable(sample.void) and sample.void().shape == SIZE
     assert mask_of(sample).shape == SIZE
     assert torch.equal(mask_of(sample), red(sample))
 

@@ -141,6 +141,53 @@ def test_masks_come_before_boxes_unless_asked_otherwise(batch: Batch) -> None:
     assert share["box"].values[0].item() == pytest.approx(100 * 38 / 140)
 
 
+@settings(max_examples=30, deadline=None)
+@given(st.integers(0, 10_000), st.booleans())
+def test_void_pixels_are_in_neither_sum(seed: int, tied: bool) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    model = Model(Bright(), mean=0.0, std=1.0, input_size=(HEIGHT, WIDTH))
+    kinds = torch.randint(0, 3, (3, HEIGHT, WIDTH), generator=generator)
+    masks, void = kinds == 0, kinds == 1
+    images = torch.full((3, 3, HEIGHT, WIDTH), 0.9)
+    batch = slow.batch_of(
+        model, images, labels=torch.ones(3, dtype=torch.long), masks=masks, void=void, grid=(5, 7)
+    )
+    maps = torch.randn(3, HEIGHT, WIDTH, generator=generator)
+    maps = maps.round() if tied else maps
+    found = score("energy-pointing-game", batch, maps, most_share=1.0)
+    hits = pointing(batch, maps, tolerance=0.0, most_share=1.0)
+    for i in range(3):
+        region, left = masks[i].tolist(), void[i].tolist()
+        assert found["energy_pg"].values[i].item() == pytest.approx(slow.energy(maps[i], region, left))
+        area = 100 * masks[i].sum().item() / (~void[i]).sum().item()
+        assert found["object_share"].values[i].item() == pytest.approx(area)
+        assert hits.values[i].item() == slow.pointing(maps[i], batch.ties()[i], region, 0.0, left)
+    elsewhere = torch.where(void, 1e6 * torch.rand(void.shape, generator=generator), maps)
+    assert torch.equal(energy(batch, elsewhere, most_share=1.0).values, found["energy_pg"].values)
+    assert torch.equal(pointing(batch, elsewhere, tolerance=0.0, most_share=1.0).values, hits.values)
+
+
+def test_void_pixels_matter_to_masks_alone(batch: Batch) -> None:
+    masks = torch.zeros(4, HEIGHT, WIDTH, dtype=torch.bool)
+    masks[:, 8:, :7] = True
+    void = torch.zeros_like(masks)
+    void[:, :5] = True
+    both = replace(batch, masks=masks, void=void, cache={})
+    ones = torch.ones(4, HEIGHT, WIDTH)
+    share = {
+        region: score("energy-pointing-game", both, ones, region=region)["object_share"].values[0].item()
+        for region in ("auto", "mask", "box")
+    }
+    assert share == {
+        "auto": pytest.approx(20.0), "mask": pytest.approx(20.0), "box": pytest.approx(100 * 38 / 140)
+    }  # fmt: skip
+    nothing = replace(both, masks=masks & False, void=torch.ones_like(void), cache={})
+    assert energy(nothing, ones).reasons == ["no object in the image"] * 4
+    assert pointing(nothing, ones).reasons == ["no object in the image"] * 4
+    on_void = score("energy-pointing-game", both, void.float())["energy_pg"]
+    assert list(on_void.empty) == [0, 1, 2, 3]
+
+
 def test_the_gate_leaves_out_images_with_a_reason(batch: Batch) -> None:
     boxes = [
         torch.tensor([[0.0, 0.0, 7.0, 8.0]]),  # 40%

@@ -19,6 +19,10 @@ def _is_one(values: np.ndarray) -> np.ndarray:
     return values == 1
 
 
+def _is_void(values: np.ndarray) -> np.ndarray:
+    return values == 255
+
+
 def _stored(folder: Path, turn: int, mask_size: tuple[int, int] = (30, 20)) -> Picture:
     """A photograph, red in the box, black elsewhere, with a mask of classes 1 and 255 (a border)."""
     pixels = np.zeros((20, 30, 3), np.uint8)
@@ -30,7 +34,7 @@ def _stored(folder: Path, turn: int, mask_size: tuple[int, int] = (30, 20)) -> P
     classes[5:9, 3:13] = 1
     classes[4, 3:13] = 255
     PIL.Image.fromarray(classes).save(folder / "classes.png")
-    return Picture(folder / "photo.png", (BOX,), folder / "classes.png", _is_one)
+    return Picture(folder / "photo.png", (BOX,), folder / "classes.png", _is_one, _is_void)
 
 
 @pytest.mark.parametrize("turn", range(1, 9))
@@ -40,6 +44,10 @@ def test_boxes_and_masks_turn_with_the_image(tmp_path: Path, turn: int) -> None:
     mask = picture.upright_mask()
     assert mask.dtype == torch.bool
     assert torch.equal(mask, red)
+    void = picture.upright_void()
+    assert void.sum() == 10 and not (void & mask).any()
+    beside = torch.nn.functional.max_pool2d(red[None].float(), 3, 1, 1)[0] > 0
+    assert bool(beside[void].all())
     x0, y0, x1, y1 = picture.upright_boxes()[0].int().tolist()
     boxed = torch.zeros_like(red)
     boxed[y0:y1, x0:x1] = True

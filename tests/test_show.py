@@ -38,8 +38,7 @@ def photos(tmp_path: Path) -> Path:
 
 def panel(**truths: torch.Tensor) -> showing.Panel:
     """A black image of 20 x 30 pixels."""
-    known = {"boxes": None, "mask": None, **truths}
-    prepared = Prepared(torch.zeros(3, 20, 30), known["boxes"], known["mask"])
+    prepared = Prepared(torch.zeros(3, 20, 30), *(truths.get(key) for key in ("boxes", "mask", "void")))
     return showing.Panel(Sample(id="one", image=Path("one.png"), label=3), prepared, "thing (3)")
 
 
@@ -63,6 +62,15 @@ class TestFigure:
             np.testing.assert_allclose(points.max(0), (30, 8))
         assert axis.get_xlim() == (0, 30)
         assert axis.get_ylim() == (20, 0)
+
+    def test_void_pixels_are_tinted(self) -> None:
+        mask, void = torch.zeros(2, 20, 30, dtype=torch.bool)
+        mask[2:8, 5:30], void[8:10, 5:30] = True, True
+        photograph, tint = showing.draw([panel(mask=mask, void=void)], "a title").axes[0].images
+        assert np.array_equal(np.asarray(tint.get_array()) > 0, void.numpy())
+        assert tint.get_extent() == photograph.get_extent()
+        clear, yellow = tint.cmap(np.array([0.0, 1.0]))
+        assert clear[3] == 0 and 0.3 < yellow[3] < 0.9
 
     def test_without_truths_and_with_an_empty_mask(self) -> None:
         empty = torch.zeros(20, 30, dtype=torch.bool)

@@ -144,6 +144,13 @@ class TestSamples:
         rows, columns = mask(samples[2]).nonzero()
         assert (rows.min(), rows.max(), columns.min(), columns.max()) == (1, 28, 1, 38)
 
+    def test_the_void_is_neither_object_nor_background(self, root: Path) -> None:
+        for sample in build("voc2012", root=root):
+            file = base(root) / "SegmentationClass" / f"{sample.id.split('/')[0]}.png"
+            assert callable(sample.void)
+            assert np.array_equal(sample.void().numpy(), np.asarray(PIL.Image.open(file)) == VOID)
+        assert build("voc2012", root=root, task="detection")[0].void is None
+
     def test_both_follow_a_transform(self, root: Path) -> None:
         """Twice the side: every pixel becomes four, and the crop takes off equal margins."""
         sample = build("voc2012", root=root)[2]
@@ -153,12 +160,15 @@ class TestSamples:
         assert prepared.boxes.tolist() == [[0, 0, 80, 40]]
         whole = torch.from_numpy(mask(sample)).repeat_interleave(2, 0).repeat_interleave(2, 1)
         assert torch.equal(prepared.mask, whole[20:100])
+        assert callable(sample.void) and prepared.void is not None
+        around = sample.void().repeat_interleave(2, 0).repeat_interleave(2, 1)
+        assert torch.equal(prepared.void, around[20:100]) and prepared.void.any()
 
     def test_images_of_a_single_class(self, root: Path) -> None:
         assert [s.id for s in build("voc2012", root=root, objects="single")] == ["2007_000033/aeroplane"]
 
     def test_without_difficult_objects(self, root: Path) -> None:
-        """What only a difficult object's box covers is neither in the boxes nor in the mask."""
+        """What only a difficult object's box covers is not in the boxes, and void in the mask."""
         samples = build("voc2012", root=root, difficult=False)
         assert [sample.id for sample in samples][-1] == "2008_000008/person"
         person = samples[-1]
@@ -167,7 +177,11 @@ class TestSamples:
         expected = np.asarray(PIL.Image.open(file)) == PERSON
         expected = expected & (np.arange(64) < 20)
         assert np.array_equal(mask(person), expected)
-        assert mask(build("voc2012", root=root)[3]).sum() > expected.sum()
+        whole = build("voc2012", root=root)[3]
+        assert mask(whole).sum() > expected.sum()
+        assert callable(whole.void) and callable(person.void)
+        hidden = mask(whole) & ~expected
+        assert np.array_equal(person.void().numpy(), whole.void().numpy() | hidden)
 
     def test_exif_turns_all_three(self, root: Path) -> None:
         name, size, things = IMAGES[1]

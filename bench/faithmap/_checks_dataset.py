@@ -228,6 +228,7 @@ def check_truths(trial: DatasetTrial) -> None:
         try:
             boxes = sample.boxes() if callable(sample.boxes) else sample.boxes
             mask = sample.mask() if callable(sample.mask) else sample.mask
+            void = sample.void() if callable(sample.void) else sample.void
         except DataError:
             continue
         except Exception as error:
@@ -241,6 +242,8 @@ def check_truths(trial: DatasetTrial) -> None:
             continue
         if mask is not None:
             _check_mask(sample, torch.as_tensor(mask), size)
+        if void is not None:
+            _check_void(sample, void, mask)
         if boxes is not None:
             _check_boxes(sample, torch.as_tensor(boxes), size)
         if mask is not None and boxes is not None and len(boxes):
@@ -274,6 +277,24 @@ def _check_mask(sample: Sample, mask: Tensor, size: tuple[int, int]) -> None:
         )
     if not bool(mask.any()):
         raise fail(f"the mask of '{sample.id}' is empty", "an object", "Leave mask=None where there is none.")
+
+
+def _check_void(sample: Sample, void: Tensor, mask: Tensor | None) -> None:
+    void = torch.as_tensor(void).bool()
+    if mask is None or void.shape != torch.as_tensor(mask).shape:
+        raise fail(
+            f"the void of '{sample.id}' has the shape {tuple(void.shape)}, its mask "
+            f"{None if mask is None else tuple(mask.shape)}",
+            "a mask of the same shape",
+            "Give void= only beside mask=.",
+        )
+    both = int((void & torch.as_tensor(mask).bool()).sum())
+    if both:
+        raise fail(
+            f"{both} pixels of '{sample.id}' are void and in its mask",
+            "pixels that are one or the other",
+            "Void is where the mask leaves open what a pixel belongs to.",
+        )
 
 
 def _check_boxes(sample: Sample, boxes: Tensor, size: tuple[int, int]) -> None:

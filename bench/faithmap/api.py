@@ -170,6 +170,7 @@ def score(
     masks: Tensor | None = None,
     boxes: Sequence[Tensor] | None = None,
     *,
+    void: Tensor | None = None,
     ids: Sequence[str] | None = None,
     map_grid: int | str = "native",
     seed: int = 0,
@@ -185,6 +186,8 @@ def score(
             serve, but for those that must be named.
         labels, masks, boxes: truths: (B,); bool (B, H, W); a (K, 4) tensor an image,
             `x0, y0, x1, y1` in pixels of `images`.
+        void: bool (B, H, W), true where the masks leave open whether a pixel is on the object, as VOC's
+            do along outlines; scores of localisation look at the other pixels alone.
         ids: names of the images; by default their positions.
         map_grid: "native", "model", or a side in cells that maps are reduced to first.
         seed: of the field that orders tied pixels.
@@ -198,7 +201,7 @@ def score(
     import pandas as pd
 
     network = load_model(model)
-    batch = _batch(network, images, targets, labels, masks, boxes, ids, seed, _grid(network, map_grid))
+    batch = _batch(network, images, targets, labels, masks, boxes, ids, seed, _grid(network, map_grid), void)
     found = _given_maps(maps, batch)
     rows = []
     for use in _uses(metrics, batch):
@@ -261,6 +264,7 @@ def _batch(
     ids: Sequence[str] | None = None,
     seed: int = 0,
     grid: tuple[int, int] | None = None,
+    void: Tensor | None = None,
 ) -> Batch:
     if not isinstance(images, Tensor) or images.ndim != 4 or images.shape[1] != 3 or not len(images):
         shape = tuple(images.shape) if hasattr(images, "shape") else type(images).__name__
@@ -276,6 +280,11 @@ def _batch(
         raise RequestError(f"ids are {len(ids)} names for {count} images; expected one each, all different")
     if masks is not None and tuple(masks.shape) != (count, *images.shape[2:]):
         raise RequestError(f"masks have shape {tuple(masks.shape)}; expected {(count, *images.shape[2:])}")
+    if void is not None and (masks is None or void.shape != masks.shape):
+        held = "None" if masks is None else str(tuple(masks.shape))
+        raise RequestError(
+            f"void has shape {tuple(void.shape)}, masks {held}; it goes with masks of the same shape"
+        )
     if boxes is not None and len(boxes) != count:
         raise RequestError(
             f"boxes are given for {len(boxes)} images, not for {count}; expected a (K, 4) tensor each"
@@ -291,6 +300,7 @@ def _batch(
         context=context,
         labels=None if labels is None else _classes("labels", labels, count, model, placed),
         masks=None if masks is None else masks.to(placed.device).bool(),
+        void=None if void is None else void.to(placed.device).bool(),
         boxes=None if boxes is None else [torch.as_tensor(box).float().reshape(-1, 4).cpu() for box in boxes],
         grid=grid,
         seed=seed,

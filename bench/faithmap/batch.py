@@ -51,9 +51,9 @@ class Batch:
 
     `images` (B, 3, H, W) in [0, 1]; `targets` (B,) the classes explained; `ids` one a piece;
     `labels` (B,), -1 where unknown; `masks` bool (B, H, W) and `boxes`, a list of (K, 4) tensors
-    `x0, y0, x1, y1`, belong to the label. `grid` is the (h, w) that maps are reduced to before
-    they are scored, None for native resolution; nulls and controls may be drawn on it, a method's map
-    does not depend on it.
+    `x0, y0, x1, y1`, belong to the label; `void` bool (B, H, W) is where masks are undecided. `grid`
+    is the (h, w) that maps are reduced to before they are scored, None for native resolution; nulls
+    and controls may be drawn on it, a method's map does not depend on it.
     """
 
     images: Tensor
@@ -64,6 +64,7 @@ class Batch:
     masks: Tensor | None = None
     #: Bool (B,): which images have a mask of their own, where some have none; None: all.
     masked: Tensor | None = None
+    void: Tensor | None = None
     boxes: list[Tensor] | None = None
     grid: tuple[int, int] | None = None
     seed: int = 0
@@ -121,6 +122,7 @@ class Batch:
             self,
             labels=self.labels if "label" in needs else None,
             masks=self.masks if masks else None, masked=self.masked if masks else None,
+            void=self.void if masks else None,
             boxes=self.boxes if boxes else None,
             explainer=self.explainer if "explainer" in needs else None,
             pool=self.pool if "pool" in needs else None,
@@ -185,6 +187,7 @@ class Batch:
             labels=None if self.labels is None else self.labels[index],
             masks=None if self.masks is None else self.masks[index],
             masked=None if self.masked is None else self.masked[index],
+            void=None if self.void is None else self.void[index],
             boxes=None if self.boxes is None else [self.boxes[i] for i in positions],
             cache={},
             notes={},

@@ -233,6 +233,10 @@ def make_batch(
         masked = torch.tensor([p.mask is not None for _, p in read], device=device)
         blank = torch.zeros(images.shape[2:], dtype=torch.bool)
         masks = torch.stack([blank if p.mask is None else p.mask for _, p in read]).to(device)
+    void = None
+    if any(prepared.void is not None for _, prepared in read):
+        blank = torch.zeros(images.shape[2:], dtype=torch.bool)
+        void = torch.stack([blank if p.void is None else p.void for _, p in read]).to(device)
     boxes = None
     if "box" in gives or any(prepared.boxes is not None for _, prepared in read):
         boxes = [torch.zeros(0, 4) if p.boxes is None else p.boxes for _, p in read]
@@ -244,6 +248,7 @@ def make_batch(
         labels=labels,
         masks=masks,
         masked=masked,
+        void=void,
         boxes=boxes,
         grid=grid,
         seed=seed,

@@ -288,4 +288,5 @@ def sample_of(entry: Entry) -> Sample:
         boxes=picture.upright_boxes if picture.boxes else None,
         mask=picture.upright_mask if picture.mask_path is not None else None,
         name=entry.name,
+        void=picture.upright_void if picture.is_void is not None else None,
     )

@@ -36,6 +36,8 @@ class Picture:
     #: The file of the mask, and which of its values lie on the object: stored values to bool (H, W).
     mask_path: Path | None = None
     on_object: Callable[[np.ndarray], np.ndarray] | None = None
+    #: Which values leave open what their pixel belongs to; None: every value is decided.
+    is_void: Callable[[np.ndarray], np.ndarray] | None = None
 
     def image(self) -> PIL.Image.Image:
         """The image upright and in RGB.
@@ -79,10 +81,21 @@ class Picture:
         Raises:
             DataError: either file is missing or broken, or the two differ in size.
         """
+        return self._upright(self.on_object)
+
+    def upright_void(self) -> torch.Tensor:
+        """Where the mask is undecided, bool (H, W), of the upright image.
+
+        Raises:
+            DataError: as for `upright_mask`.
+        """
+        return self._upright(self.is_void)
+
+    def _upright(self, where: Callable[[np.ndarray], np.ndarray] | None) -> torch.Tensor:
         import numpy as np
         import PIL.Image
 
-        if self.mask_path is None or self.on_object is None:
+        if self.mask_path is None or where is None:
             raise DataError(f"{self.path} has no mask")
         turn, size = self._turn()
         try:
@@ -95,7 +108,7 @@ class Picture:
                 f"{self.mask_path} has {values.shape[1]} x {values.shape[0]} pixels, its image "
                 f"{self.path} {size[0]} x {size[1]}; a mask must be as large as its image"
             )
-        return turned_mask(self.on_object(values), turn)
+        return turned_mask(where(values), turn)
 
     def _turn(self) -> tuple[int, tuple[int, int]]:
         """What EXIF asks for, and the stored (width, height)."""

@@ -120,7 +120,7 @@ class Facts:
 class Sample:
     """One image of a dataset with what is known of it; big fields may be lazy.
 
-    `image`, `boxes` and `mask` are each the value itself or a function without arguments that
+    `image`, `boxes`, `mask` and `void` are each the value itself or a function without arguments that
     gives it, called once and only when the image is due.
     """
 
@@ -136,6 +136,9 @@ class Sample:
     mask: torch.Tensor | Callable[[], torch.Tensor] | None = None
     #: The label in words.
     name: str = ""
+    #: Bool (H, W), true where the mask leaves open whether a pixel is on the object, such as along outlines:
+    #: metrics of localisation look at the other pixels alone. Only beside a mask, and never true where it is.
+    void: torch.Tensor | Callable[[], torch.Tensor] | None = None
 
 
 class SampleList(list[Sample]):

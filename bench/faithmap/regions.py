@@ -41,6 +41,20 @@ def region_of(batch: Batch, kind: str) -> Tensor:
     return found.bool()
 
 
+def decided(batch: Batch, kind: str) -> Tensor:
+    """Bool (B, H, W): the pixels of which the truth says whether they are on the object.
+
+    All of them, but those that masks leave open (`Batch.void`); boxes leave nothing open.
+
+    Args:
+        batch: the images.
+        kind: as for `region_of`.
+    """
+    if batch.void is None or kind == "box":
+        return torch.ones_like(batch.images[:, 0], dtype=torch.bool)
+    return ~batch.void
+
+
 def left_out(
     batch: Batch, share: Tensor, only_correct: bool, least_share: float, most_share: float
 ) -> list[str]:
@@ -51,7 +65,7 @@ def left_out(
 
     Args:
         batch: the images.
-        share: (B,) the object's share of the image in [0, 1].
+        share: (B,) the object's share of the image, void pixels aside, in [0, 1].
         only_correct: leave out images that the model gets wrong.
         least_share: smallest share of an object that is scored.
         most_share: largest share.

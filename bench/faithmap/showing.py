@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 #: Of most models trained on ImageNet; what is shown where no model is named.
 TRANSFORM = Transform((224, 224), 0.875)
-BOX, MASK = "#00e5ff", "#ff2fd0"
+BOX, MASK, VOID = "#00e5ff", "#ff2fd0", "#ffe14d"
 COLUMNS = 4
 #: Samples that a figure can hold.
 MOST = 400
@@ -141,7 +141,8 @@ def draw(panels: Sequence[Panel], text: str) -> Figure:
 
 
 def lay(axis: Axes, panel: Panel) -> None:
-    """One sample: the image, its boxes, its mask's outline; titles are the label and the id."""
+    """One sample: the image, its boxes, its mask's outline, void pixels in yellow; label and id above."""
+    from matplotlib.colors import ListedColormap
     from matplotlib.patches import Rectangle
 
     prepared = panel.prepared
@@ -153,6 +154,11 @@ def lay(axis: Axes, panel: Panel) -> None:
             axis.add_patch(
                 Rectangle((x0, y0), x1 - x0, y1 - y0, fill=False, edgecolor=colour, linewidth=thickness)
             )
+    if prepared.void is not None and bool(prepared.void.any()):
+        axis.imshow(
+            prepared.void.numpy(), cmap=ListedColormap(["#00000000", f"{VOID}b0"]), vmin=0, vmax=1,
+            extent=(0, width, height, 0), interpolation="nearest",
+        )  # fmt: skip
     if prepared.mask is not None and bool(prepared.mask.any()):
         outline(axis, prepared)
     axis.set_title(f"{panel.title}\n{shortened(panel.sample.id)}", fontsize=7, pad=3)

@@ -67,6 +67,8 @@ class Prepared:
     boxes: Tensor | None
     #: Bool (H, W).
     mask: Tensor | None
+    #: Bool (H, W): where the mask is undecided; None where it is nowhere.
+    void: Tensor | None = None
 
 
 def geometry(source: tuple[int, int], transform: Transform) -> Geometry:
@@ -97,13 +99,15 @@ def prepare(sample: Sample, transform: Transform) -> Prepared:
     """
     try:
         picture = _picture(sample.image)
-        boxes, mask = _resolve(sample.boxes), _resolve(sample.mask)
+        boxes, mask, void = _resolve(sample.boxes), _resolve(sample.mask), _resolve(sample.void)
+        if void is not None and mask is None:
+            raise DataError("it has void pixels, but no mask that they could be void in")
         size = picture_size(picture)
         plan = geometry(size, transform)
         image = _image(picture, plan, transform.interpolation)
         if not bool(torch.isfinite(image).all()):
             raise DataError("the image holds NaN or infinity")
-        return Prepared(image, _boxes(boxes, plan), _mask(mask, plan))
+        return Prepared(image, _boxes(boxes, plan), _mask(mask, plan), _mask(void, plan, "void"))
     except Exception as error:
         lines = str(error).strip().splitlines() or [type(error).__name__]
         raise DataError(f"image '{sample.id}' cannot be read: {lines[0]}") from error
@@ -169,13 +173,13 @@ def _boxes(boxes: Any, plan: Geometry) -> Tensor | None:
     return moved[kept].float()
 
 
-def _mask(mask: Any, plan: Geometry) -> Tensor | None:
+def _mask(mask: Any, plan: Geometry, word: str = "mask") -> Tensor | None:
     """Follow the resize by taking, for each new pixel's centre, the old pixel below it."""
     if mask is None:
         return None
     mask = torch.as_tensor(mask).bool()
     if tuple(mask.shape) != plan.source:
-        raise DataError(f"its mask has shape {tuple(mask.shape)}, the image {plan.source}")
+        raise DataError(f"its {word} has shape {tuple(mask.shape)}, the image {plan.source}")
     below = [
         ((torch.arange(seen.start, seen.stop) + 0.5) * old / new).long()
         for seen, old, new in zip(plan.window(), plan.source, plan.resized, strict=True)

@@ -125,20 +125,31 @@ def union_of_boxes(boxes: Sequence[Sequence[float]], height: int, width: int) ->
     ]
 
 
-def energy(values: Tensor, region: Sequence[Sequence[bool]]) -> float:
-    """Percent of the positive relevance inside a region; NaN where there is none."""
+def energy(
+    values: Tensor, region: Sequence[Sequence[bool]], void: Sequence[Sequence[bool]] | None = None
+) -> float:
+    """Percent of the positive relevance inside a region, void pixels aside; NaN where there is none."""
     inside = total = 0.0
     for y, row in enumerate(values.tolist()):
         for x, value in enumerate(row):
+            if void is not None and void[y][x]:
+                continue
             total += max(0.0, value)
             inside += max(0.0, value) if region[y][x] else 0.0
     return 100 * inside / total if total else float("nan")
 
 
-def pointing(values: Tensor, ties: Tensor, region: Sequence[Sequence[bool]], tolerance: float) -> float:
-    """100 where the highest pixel is within the tolerance of the region, else 0."""
+def pointing(
+    values: Tensor,
+    ties: Tensor,
+    region: Sequence[Sequence[bool]],
+    tolerance: float,
+    void: Sequence[Sequence[bool]] | None = None,
+) -> float:
+    """100 where the highest pixel, void ones aside, is within the tolerance of the region, else 0."""
     height, width = values.shape
-    pixel = removal_order(values, ties)[0]
+    order = removal_order(values, ties)
+    pixel = next(p for p in order if void is None or not void[p // width][p % width])
     py, px = pixel // width, pixel % width
     near = any(
         region[y][x] and ((y - py) ** 2 + (x - px) ** 2) ** 0.5 <= tolerance
