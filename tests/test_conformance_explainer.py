@@ -14,6 +14,7 @@ from conftest import make_cnn
 from torch import Tensor
 
 from faithmap import conformance, registry
+from faithmap._checks import growth
 from faithmap.batch import Batch
 from faithmap.models import Model
 
@@ -307,6 +308,26 @@ def test_growth_that_holds_no_tensor_is_told() -> None:
     found = failing(checked(hoarding, slow=True))
     assert set(found) == {"check_memory"}, found
     assert "100 calls grow the process by" in found["check_memory"]
+
+
+@pytest.mark.parametrize(
+    ("leaves", "calls"), [(lambda n: 0, 35), (lambda n: int(n > 20), 110), (lambda n: int(n % 4 == 0), 110)]
+)
+def test_calls_are_watched_until_it_is_clear_that_nothing_stays(
+    leaves: Callable[[int], int], calls: int
+) -> None:
+    """Nothing is left; something after a while; in one call of four, which is no leak yet."""
+    kept, made = [], 0
+
+    def call() -> None:
+        nonlocal made
+        made += 1
+        kept.extend(torch.zeros(1) for _ in range(leaves(made)))
+
+    grown = growth(call)
+    assert made == calls
+    assert grown.tensors == len(kept) - sum(leaves(n + 1) for n in range(10))
+    assert bool(grown.leaks) == (grown.tensors >= 50)
 
 
 def test_every_check_has_a_method_that_breaks_it() -> None:
