@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import PIL.Image
@@ -12,6 +12,9 @@ import PIL.Image
 from faithmap.imagenet_classes import imagenet_classes
 from faithmap.records import Sample, SampleList
 from faithmap.registry import get
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 #: xmin, ymin, xmax, ymax as a file states them.
 Corners = tuple[float, float, float, float]
@@ -93,3 +96,29 @@ def drawn(sample: Sample) -> tuple[np.ndarray, np.ndarray]:
     assert callable(sample.boxes)
     white = np.asarray(sample.image())[..., 0] > 127
     return white, box_mask(sample.boxes(), (white.shape[0], white.shape[1])).numpy()
+
+
+def oracle_energy(dataset: dict[str, Any], data: Path, out: Path) -> pd.Series[float]:
+    """Percent of the oracle's energy on the object, of the images of a dataset that are scored.
+
+    By the small transformer, at the resolution of its input.
+
+    Args:
+        dataset: a line of `[[datasets]]`, with labels of ImageNet's.
+        data: the folder that `FAITHMAP_DATA` names.
+        out: the folder of the run.
+    """
+    import faithmap
+
+    weights = data / "weights" / "vit_tiny_patch16_224.safetensors"
+    config = {
+        "run": {"map_grid": "native", "part": "all", "limit": 2000, "null_draws": 1, "own_nulls": []},
+        "models": [{"name": "timm/vit_tiny_patch16_224", "mean": 0.5, "std": 0.5, "crop_pct": 0.9,
+                    "weights": str(weights)}],
+        "datasets": [dataset],
+        "explainers": [{"name": "oracle"}],
+        "metrics": [{"name": "energy-pointing-game"}],
+    }  # fmt: skip
+    rows = faithmap.run(config, out=out, figures=False).rows()
+    rows = rows[(rows["explainer"] == "oracle") & (rows["metric"] == "energy_pg")]
+    return rows["value"].dropna()

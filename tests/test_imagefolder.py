@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -12,12 +13,16 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
+from official import oracle_energy
 
 from faithmap.errors import DataError, RequestError
+from faithmap.models import Transform
 from faithmap.records import Sample, SampleList
 from faithmap.registry import get
+from faithmap.transforms import prepare
 
 Build = Callable[..., SampleList]
+DATA = os.environ.get("FAITHMAP_DATA", "")
 
 
 @pytest.fixture
@@ -418,3 +423,20 @@ class TestRefusals:
         (folders / "index.csv").write_bytes("path,label\nzebré.png,1\n".encode("latin-1"))
         with pytest.raises(RequestError, match="is not UTF-8"):
             build(index=folders / "index.csv")
+
+
+@pytest.mark.skipif(not DATA, reason="FAITHMAP_DATA names no folder of photographs")
+@pytest.mark.parametrize(
+    ("name", "scored"), [("imagenet_val", 150), ("tiny_imagenet_val", 50), ("imagenet_samples", 0)]
+)
+def test_all_photographs_by_their_table(build: Build, tmp_path: Path, name: str, scored: int) -> None:
+    """Each can be read; where there are boxes, all of the oracle's energy lies in them."""
+    place = {"index": str(Path(DATA) / f"{name}.csv"), "root": str(Path(DATA) / name)}
+    samples = build(**place)
+    assert len(samples) == len((Path(DATA) / f"{name}.csv").read_text(encoding="utf-8").splitlines()) - 1
+    for sample in samples:
+        assert prepare(sample, Transform((64, 64))).image.isfinite().all()
+    if scored:
+        energy = oracle_energy({"name": "imagefolder", **place}, Path(DATA), tmp_path / "run")
+        assert len(energy) >= scored
+        assert (energy - 100).abs().max() <= 0.1
