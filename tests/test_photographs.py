@@ -20,18 +20,18 @@ from faithmap.config import load_config
 from faithmap.models import load_model
 
 BOX = (20, 12, 60, 44)
-#: Any commit; the hub's cache has a folder for it.
+#: Any commit, for those who name none; the hub's cache has a folder for it.
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 BREEDS = ("Siamese 34 1 12", "pug 27 2 18", "beagle 5 2 4")
 
 
-def put_on_hub(cache: Path, name: str) -> None:
+def put_on_hub(cache: Path, name: str, commit: str = COMMIT) -> None:
     """Weights of a model, as `huggingface_hub` keeps what it has fetched for timm."""
     repository = cache / f"models--timm--{name}"
-    snapshot = repository / "snapshots" / COMMIT
+    snapshot = repository / "snapshots" / commit
     snapshot.mkdir(parents=True)
     (repository / "refs").mkdir()
-    (repository / "refs" / "main").write_text(COMMIT)
+    (repository / "refs" / "main").write_text(commit)
     torch.manual_seed(0)
     model = timm.create_model(name, pretrained=False)
     for parameter in model.parameters():
@@ -63,7 +63,7 @@ def put_imagenette(folder: Path, each: int) -> None:
 @pytest.fixture
 def place(tmp_path: Path) -> Path:
     for spec in load_config("photographs").models:
-        put_on_hub(tmp_path / "hub", spec.name.partition("/")[2])
+        put_on_hub(tmp_path / "hub", spec.name.partition("/")[2], spec.params["revision"])
     put_pets(tmp_path / "home" / "data", 3)
     put_imagenette(tmp_path / "home" / "data", 4)
     return tmp_path
@@ -137,5 +137,5 @@ def test_without_a_network_it_says_what_is_missing(tmp_path: Path) -> None:
     put_imagenette(tmp_path / "home" / "data", 4)
     done = call(tmp_path)
     assert done.returncode == 2
-    assert "mobilenetv2_100" in done.stderr and "Traceback" not in done.stderr
+    assert "resnet18" in done.stderr and "Traceback" not in done.stderr
     assert done.stderr.strip().count("\n") == 0, done.stderr

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 from pathlib import Path
 
@@ -98,6 +99,24 @@ def test_models_exist(preset: Config) -> None:
             assert name in CLASSIFIERS
         else:
             assert source == "shapes"
+
+
+#: Weights of the hub whose commit nobody could be asked for; their tag is named all the same.
+UNPINNED = {"timm/resnetv2_50.a1h_in1k", "timm/convnext_small.in12k_ft_in1k"}
+
+
+def test_weights_of_the_hub_are_pinned(preset: Config) -> None:
+    """By tag and commit: neither a release of timm nor an upload changes what a preset runs on."""
+    specs = [spec for spec in preset.models if spec.name.startswith("timm/")]
+    options = command(preset)
+    if options and "MODEL" not in options["--model"]:
+        specs.append(parse_spec(options["--model"]))
+    for spec in specs:
+        if not spec.params.get("pretrained") or not timm.is_model(spec.name.partition("/")[2]):
+            continue
+        assert "." in spec.name, f"{spec.name} names no tag"
+        revision = str(spec.params.get("revision", ""))
+        assert re.fullmatch("[0-9a-f]{40}", revision) or (not revision and spec.name in UNPINNED)
 
 
 def test_what_a_preset_tunes_is_what_it_runs_on(preset: Config) -> None:
