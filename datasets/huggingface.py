@@ -263,23 +263,27 @@ class Source:
             moved.append(turned((x0, y0, x1, y1), turn, (width, height)))
         return torch.tensor(moved, dtype=torch.float32).reshape(-1, 4)
 
-    def upright_mask(self, row: int) -> torch.Tensor:
-        """The mask, bool (H, W), of the upright image; all false where the row has none.
+    def upright_mask(self, row: int) -> torch.Tensor | None:
+        """The mask, bool (H, W), of the upright image; None where the row has none.
 
         Raises:
             DataError: it is broken or of another size, or the image is broken.
         """
+        if self.rows.cell(row, self.mask) is None:
+            return None
         values, turn = self._mask_values(row)
         on = values != 0 if self.mask_value is None else values == self.mask_value
         on = on if on.ndim == 2 else on.any(2)
         return turned_mask(on & ~self._is_void(values), turn)
 
-    def upright_void(self, row: int) -> torch.Tensor:
-        """Where the mask is undecided, bool (H, W), of the upright image.
+    def upright_void(self, row: int) -> torch.Tensor | None:
+        """Where the mask is undecided, bool (H, W), of the upright image; None where there is no mask.
 
         Raises:
             DataError: as for `upright_mask`.
         """
+        if self.rows.cell(row, self.mask) is None:
+            return None
         values, turn = self._mask_values(row)
         return turned_mask(self._is_void(values), turn)
 
@@ -295,13 +299,10 @@ class Source:
 
         stored = self._stored(row, self.image)
         size = stored.size
-        if self.rows.cell(row, self.mask) is None:
-            values = np.zeros(size[::-1], np.uint8)
-        else:
-            try:
-                values = np.asarray(self._stored(row, self.mask))
-            except Exception as error:
-                raise DataError(f"the {self.mask} of row {row} cannot be read: {error}") from error
+        try:
+            values = np.asarray(self._stored(row, self.mask))
+        except Exception as error:
+            raise DataError(f"the {self.mask} of row {row} cannot be read: {error}") from error
         if values.shape[:2] != size[::-1]:
             raise DataError(
                 f"row {row}: the mask has {values.shape[1]} x {values.shape[0]} pixels, the image "

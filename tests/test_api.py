@@ -123,6 +123,10 @@ GOOD = {"images": images(), "maps": torch.rand(3, 8, 8)}
         ({"boxes": [torch.zeros(1, 4)]}, "boxes are given for 1 images"),
         ({"ids": ["a", "a", "b"]}, "all different"),
         ({"metrics": ["energy-pointing-game"]}, "give labels=, masks= or boxes="),
+        (
+            {"metrics": ["pointing-game[region=box]"], "masks": torch.ones(3, 32, 32)},
+            "needs each image's box",
+        ),
         ({"metrics": ["cost"]}, "use faithmap.run"),
         ({"metrics": ["perturbations"]}, "did you mean 'perturbation'"),
         ({"map_grid": "coarse"}, "map_grid is 'coarse'"),

@@ -30,6 +30,7 @@ from copies import (
 
 from faithmap import hub
 from faithmap.errors import DataError, RequestError
+from faithmap.models import Transform
 from faithmap.transforms import prepare
 
 NAME = "huggingface"
@@ -254,10 +255,21 @@ class TestBrokenImages:
         small, none, broken = open_rows(root, mask="mask")
         with pytest.raises(DataError, match="row 0: the mask has 5 x 5 pixels, the image 96 x 64"):
             mask_of(small)
-        assert mask_of(none).shape == SIZE[::-1]
-        assert not mask_of(none).any()
+        assert callable(none.mask) and none.mask() is None
         with pytest.raises(DataError, match="the mask of row 2 cannot be read"):
             mask_of(broken)
+
+    def test_rows_without_a_mask_have_their_boxes(self, tmp_path: Path) -> None:
+        """The kit passes, and a row's object is its mask, or else its box."""
+        masks = [{"bytes": grey(np.where(inside(BOX), 1, 0)), "path": None}, None] * 2
+        columns = rows(boxes=[list(BOX)] * 4, mask=masks)
+        root = write(tmp_path / "data", columns, images=("image", "mask"))
+        assert_passes_the_kit(NAME, root, ",path=parquet,boxes=boxes,mask=mask,void_value=0")
+        with_mask, without = open_rows(root, boxes="boxes", mask="mask", void_value=0)[:2]
+        assert callable(with_mask.void) and callable(without.void)
+        assert with_mask.void() is not None and without.void() is None
+        found = prepare(without, Transform((32, 32)))
+        assert found.mask is None and found.void is None and found.boxes is not None and len(found.boxes) == 1
 
 
 @needs_library

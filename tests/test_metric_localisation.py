@@ -281,6 +281,14 @@ def test_wrong_regions_are_refused(batch: Batch, name: str) -> None:
         score(name, replace(batch, boxes=None, cache={}), maps)
 
 
+@pytest.mark.parametrize("name", ["energy-pointing-game", "pointing-game"])
+def test_it_needs_the_kind_of_region_that_is_asked_for(name: str) -> None:
+    """So that it is left out of a dataset that gives the other kind alone."""
+    needs = {kind: use_metric(Spec(name, {"region": kind})).needs for kind in ("auto", "mask", "box")}
+    assert needs == {"auto": {"region"}, "mask": {"mask"}, "box": {"box"}}
+    assert use_metric(Spec("perturbation")).needs == frozenset()
+
+
 def test_no_forward_pass_beyond_the_prediction(batch: Batch) -> None:
     _ = batch.logits
     with batch.context.model.counting() as meter:

@@ -407,3 +407,15 @@ def test_normalised_values_do_not_depend_on_the_order_in_memory(size: tuple[int,
     assert found.stride() == pixelwise.stride()
     part = torch.rand(3, 3, 9, 9)[:, :, : size[0], : size[1]]
     assert torch.equal(model.normalise(part), model.normalise(part.contiguous()))
+
+
+@pytest.mark.parametrize(
+    ("name", "word"), [("timm/vit_tiny_patch16_224", "img_size"), ("torchvision/vit_b_16", "image_size")]
+)
+def test_a_transformer_takes_the_size_that_it_is_built_for(name: str, word: str) -> None:
+    kwargs = {word: 64} | ({"depth": 1} if word == "img_size" else {})
+    model = load_model(name, pretrained=False, kwargs=kwargs)
+    assert model.input_size == (64, 64)
+    told = rf"built for input_size \[64, 64\], asked for \[96, 96\].*{word} = 96"
+    with pytest.raises(RequestError, match=told):
+        load_model(name, pretrained=False, kwargs=kwargs, input_size=96)

@@ -100,6 +100,19 @@ def test_a_tuned_model_is_tuned_again(resnet: Model) -> None:
     assert load_model("tuned/twice").num_classes == 8
 
 
+def test_the_commit_of_the_first_weights_is_no_part_of_what_is_built_again(resnet: Model) -> None:
+    kwargs = {"img_size": 32, "patch_size": 4}
+    published = {"pretrained": True, "revision": "0" * 40, "kwargs": kwargs}
+    model = load_model("timm/test_vit", pretrained=False, kwargs=kwargs, input_size=32)
+    base = finetuning.base_of(Spec("timm/test_vit", published), model)
+    assert base == {"name": "timm/test_vit", "params": {"kwargs": kwargs}}
+    # Files that were written while it was kept can be read as well.
+    kept = {"name": "timm/test_vit", "params": {"kwargs": kwargs, "revision": "0" * 40}}
+    for record in (base, kept):
+        made = finetuning.finetune(replace(asked(model, base=record), name="pinned"))
+        assert load_model(str(made.path)).num_classes == 8
+
+
 @pytest.mark.parametrize(
     ("name", "kwargs"),
     [
@@ -204,6 +217,11 @@ def test_gradcam_of_a_tuned_head_is_the_closed_form(resnet: Model) -> None:
         (["--optimizer", "adamx"], "timm has no optimiser 'adamx'"),
         (["--set", "augment=blur"], "option 'augment': got 'blur', expected one of none, flip, crop"),
         (["--lr", "0"], "option 'lr': got 0.0, expected a number above 0"),
+        (["--lr", "nan"], "option 'lr': got nan, expected a number above 0"),
+        (["--set", "min_lr=1"], "option 'min_lr': got 1.0, expected 0 to the rate, lr"),
+        (["--set", "label_smoothing=1.5"], "option 'label_smoothing': got 1.5, expected 0 to 1"),
+        (["--set", "decay_milestones=[3,1]"], "expected rising epochs"),
+        (["--epochs", "3", "--set", "warmup_epochs=3"], "got 3 of 3 epochs in all, expected fewer"),
         (["--set", "epochs=0"], "option 'epochs': got 0, expected 1 or more"),
         (["--set", "layer_decay=0.7"], "option 'layer_decay': a head is one layer"),
         (["--hold-out", "1.5"], "--hold-out 1.5: expected a share between 0 and 1"),

@@ -220,14 +220,14 @@ def _uses(metrics: Sequence[str] | None, batch: Batch) -> list[MetricUse]:
     gives |= {"box"} if batch.boxes is not None else set()
     if metrics is None:
         uses = [use_metric(Spec(plugin.name)) for plugin in default_metrics()]
-        return [u for u in uses if not u.facts.needs & HANDED and not lacking(u.facts.needs, gives)]
+        return [u for u in uses if not u.facts.needs & HANDED and not lacking(u.needs, gives)]
     uses = [use_metric(parse_spec(name)) for text in metrics for name in split_list(text)]
     for use in uses:
         if use.facts.needs & HANDED:
             raise RequestError(
                 f"metric '{use.plugin.name}' calls the explainer itself; use faithmap.run for it"
             )
-        reason = lacking(use.facts.needs, gives)
+        reason = lacking(use.needs, gives)
         if reason:
             needs = reason.replace(", which the dataset does not give", "")
             raise RequestError(f"metric '{use.plugin.name}' {needs}; give labels=, masks= or boxes=")

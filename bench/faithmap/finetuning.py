@@ -135,7 +135,7 @@ def base_of(spec: Spec, model: Model) -> dict[str, Any]:
     if model.tuned:
         return dict(model.tuned["base"])
     name, params = located(spec)
-    own = () if ".py:" in name else ("weights", "head", "pretrained", *tuned.KEYS)
+    own = () if ".py:" in name else ("weights", "head", "pretrained", "revision", *tuned.KEYS)
     return {"name": name, "params": {key: value for key, value in params.items() if key not in own}}
 
 

@@ -62,7 +62,29 @@ def build(name: str, params: Mapping[str, Any]) -> Model:
         inner = module.network if isinstance(module, _LogitsOnly) else module
         load_weights(inner, Path(str(params["weights"])), name)
     config |= {key: params[key] for key in CONFIG_KEYS if params.get(key) is not None}
+    built, word = _built_for(module)
+    if built and params.get("input_size") is None:
+        config["input_size"] = built
+    size = (config["input_size"],) * 2 if isinstance(config["input_size"], int) else config["input_size"]
+    if built and tuple(size) != built:
+        side = size[0] if size[0] == size[1] else list(size)
+        raise RequestError(
+            f"model '{name}': it is built for input_size {list(built)}, asked for {list(size)}; give "
+            f"kwargs = {{ {word} = {side} }} besides, where the weights allow"
+        )
     return Model(module, target_layer=params.get("layer"), family=params.get("family"), name=name, **config)
+
+
+def _built_for(module: nn.Module) -> tuple[tuple[int, int] | None, str]:
+    """The (height, width) that a transformer takes, if it takes no other, and its library's word for it."""
+    embed = getattr(module, "patch_embed", None)
+    if getattr(embed, "strict_img_size", False):  # timm's
+        size, word = getattr(embed, "img_size", None), "img_size"
+    else:  # torchvision's
+        size, word = getattr(module, "image_size", None), "image_size"
+    if isinstance(size, int):
+        size = (size, size)
+    return (tuple(size) if size else None), word
 
 
 CONFIG_KEYS = ("mean", "std", "input_size", "crop_pct", "interpolation", "crop_mode")

@@ -233,7 +233,7 @@ def map_grid(config: Config, model: Model) -> tuple[int, int] | None:
 def plan_tasks(grid: Grid, model: Model, dataset: LoadedDataset) -> list[Task]:
     """The cells of one model and dataset: each explainer, each null's draws, each method's moved maps."""
     tasks = []
-    served = tuple(use for use in grid.metrics if not lacking(use.facts.needs, dataset.gives))
+    served = tuple(use for use in grid.metrics if not lacking(use.needs, dataset.gives))
     for use in grid.explainers:
         skip = use.skip(model, dataset.gives)
         if not skip and isinstance(layer := use.params.get("layer"), str):

@@ -121,7 +121,7 @@ class Sample:
     """One image of a dataset with what is known of it; big fields may be lazy.
 
     `image`, `boxes`, `mask` and `void` are each the value itself or a function without arguments that
-    gives it, called once and only when the image is due.
+    gives it, or None where the image has none, called once and only when the image is due.
     """
 
     #: Unique within the dataset, the same on every machine and at every limit.
@@ -131,14 +131,14 @@ class Sample:
     image: Path | PIL.Image.Image | torch.Tensor | Callable[[], Any]
     label: int | None = None
     #: (K, 4) `x0, y0, x1, y1` in pixels of the image as it is read, all of the labelled class.
-    boxes: torch.Tensor | Callable[[], torch.Tensor] | None = None
+    boxes: torch.Tensor | Callable[[], torch.Tensor | None] | None = None
     #: Bool (H, W), true on the labelled object.
-    mask: torch.Tensor | Callable[[], torch.Tensor] | None = None
+    mask: torch.Tensor | Callable[[], torch.Tensor | None] | None = None
     #: The label in words.
     name: str = ""
     #: Bool (H, W), true where the mask leaves open whether a pixel is on the object, such as along outlines:
     #: metrics of localisation look at the other pixels alone. Only beside a mask, and never true where it is.
-    void: torch.Tensor | Callable[[], torch.Tensor] | None = None
+    void: torch.Tensor | Callable[[], torch.Tensor | None] | None = None
 
 
 class SampleList(list[Sample]):

@@ -37,6 +37,14 @@ class MetricUse:
         """The facts of the metric."""
         return self.plugin.facts
 
+    @property
+    def needs(self) -> frozenset[str]:
+        """What an image must come with: of a region the kind that the parameter of this name asks for."""
+        kind = self.params.get("region")
+        if "region" in self.facts.needs and kind in ("mask", "box"):
+            return self.facts.needs - {"region"} | {kind}
+        return self.facts.needs
+
     def title(self, score: str) -> str:
         """The name of a score in the rows: `auc_d`, `auc_d@label`, `auc_d@blur`, `auc_d@label-blur`."""
         return variant_title(score, self.variant)

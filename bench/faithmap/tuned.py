@@ -162,7 +162,10 @@ def _architecture(base: Mapping[str, Any]) -> Model:
     from faithmap.model_sources import build
 
     name, params = str(base["name"]), dict(base["params"])
-    return build(name, params if ".py:" in name else {**params, "pretrained": False})
+    if ".py:" in name:
+        return build(name, params)
+    params.pop("revision", None)  # of weights that are fetched; these are not
+    return build(name, {**params, "pretrained": False})
 
 
 def transform_of(model: Model) -> dict[str, Any]:

@@ -83,13 +83,40 @@ def finetune_options(given: Mapping[str, Any]) -> dict[str, Any]:
     for key, least in (("epochs", 1), ("batch_size", 1), ("warmup_epochs", 0), ("clip_grad", 0)):
         if options[key] < least:
             raise RequestError(f"finetune, option '{key}': got {options[key]}, expected {least} or more")
-    if options["lr"] <= 0:
+    if not 0 < options["lr"] < math.inf:
         raise RequestError(f"finetune, option 'lr': got {options['lr']}, expected a number above 0")
+    for key, most, what in (
+        ("label_smoothing", 1, "1"), ("min_lr", options["lr"], "the rate, lr")
+    ):  # fmt: skip
+        if not 0 <= options[key] <= most:
+            raise RequestError(f"finetune, option '{key}': got {options[key]}, expected 0 to {what}")
+    milestones = list(options["decay_milestones"])
+    if milestones != sorted(milestones):
+        raise RequestError(f"finetune, option 'decay_milestones': got {milestones}, expected rising epochs")
+    check_optimizer(str(options["optimizer"]))
     if options["train"] == "head" and options["layer_decay"] != 1.0:
         raise RequestError("finetune, option 'layer_decay': a head is one layer; give it with train = all")
     if options["warmup_epochs"] >= options["epochs"]:
-        options["warmup_epochs"] = 0 if "warmup_epochs" not in known else options["epochs"] - 1
+        if "warmup_epochs" in known:
+            raise RequestError(
+                f"finetune, option 'warmup_epochs': got {options['warmup_epochs']} of {options['epochs']} "
+                "epochs in all, expected fewer"
+            )
+        options["warmup_epochs"] = 0
     return options
+
+
+def check_optimizer(name: str) -> None:
+    """Refuse what timm has no optimiser of.
+
+    Raises:
+        RequestError: names it, and the nearest.
+    """
+    import timm.optim
+
+    known = [str(entry) for entry in timm.optim.list_optimizers()]
+    if name.removeprefix("lookahead_") not in known:
+        raise RequestError(f"timm has no optimiser '{name}'; {nearest(name, known)}")
 
 
 def make_optimizer(learning: nn.Module, options: Mapping[str, Any]) -> torch.optim.Optimizer:
@@ -106,9 +133,7 @@ def make_optimizer(learning: nn.Module, options: Mapping[str, Any]) -> torch.opt
             "none; use schedule = constant"
         )
     name = str(options["optimizer"])
-    known = [str(entry) for entry in timm.optim.list_optimizers()]
-    if name.removeprefix("lookahead_") not in known:
-        raise RequestError(f"timm has no optimiser '{name}'; {nearest(name, known)}")
+    check_optimizer(name)
     more: dict[str, Any] = (
         {} if options["layer_decay"] == 1.0 else {"layer_decay": float(options["layer_decay"])}
     )
