@@ -269,9 +269,10 @@ class Source:
         Raises:
             DataError: it is broken or of another size, or the image is broken.
         """
-        if self.rows.cell(row, self.mask) is None:
+        found = self._mask_values(row)
+        if found is None:
             return None
-        values, turn = self._mask_values(row)
+        values, turn = found
         on = values != 0 if self.mask_value is None else values == self.mask_value
         on = on if on.ndim == 2 else on.any(2)
         return turned_mask(on & ~self._is_void(values), turn)
@@ -282,21 +283,26 @@ class Source:
         Raises:
             DataError: as for `upright_mask`.
         """
-        if self.rows.cell(row, self.mask) is None:
-            return None
-        values, turn = self._mask_values(row)
-        return turned_mask(self._is_void(values), turn)
+        found = self._mask_values(row)
+        return None if found is None else turned_mask(self._is_void(found[0]), found[1])
 
     def _is_void(self, values: np.ndarray) -> np.ndarray:
         import numpy as np
 
-        void = values == (-1 if self.void_value is None else self.void_value)
+        if self.void_value is None:
+            return np.zeros(values.shape[:2], bool)
+        void = values == self.void_value
         return np.asarray(void if void.ndim == 2 else void.all(2))
 
-    def _mask_values(self, row: int) -> tuple[np.ndarray, int]:
-        """What the mask of a row holds, (H, W) or (H, W, bands), and the turn that EXIF asks of its image."""
+    def _mask_values(self, row: int) -> tuple[np.ndarray, int] | None:
+        """What the mask of a row holds, (H, W) or (H, W, bands), and the turn that EXIF asks of its image.
+
+        None where the row has no mask.
+        """
         import numpy as np
 
+        if self.rows.cell(row, self.mask) is None:
+            return None
         stored = self._stored(row, self.image)
         size = stored.size
         try:

@@ -16,7 +16,6 @@ NAME = "imagenette"
 FOLDERS = {"full": "imagenette2", "320px": "imagenette2-320", "160px": "imagenette2-160"}
 SPLITS = ("val", "train")
 LABELS = ("imagenet", "own")
-#: As in the archives; files of macOS that came along begin with a dot.
 
 
 @dataset(

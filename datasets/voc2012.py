@@ -232,14 +232,16 @@ def _of_class(entry: Entry, values: np.ndarray) -> np.ndarray:
 
 def _hidden(entry: Entry, values: np.ndarray) -> np.ndarray:
     """Where boxes of difficult objects lie that do not count, but none that does."""
+    import numpy as np
     import torch
 
     from faithmap.batch import box_mask
 
     height, width = values.shape[:2]
+    if not entry.hidden:
+        return np.zeros((height, width), bool)
     hidden, kept = (
-        box_mask(torch.tensor(boxes).reshape(-1, 4), (height, width)).numpy()
-        for boxes in (entry.hidden, entry.boxes)
+        box_mask(torch.tensor(boxes), (height, width)).numpy() for boxes in (entry.hidden, entry.boxes)
     )
     only_hidden: np.ndarray = hidden & ~kept
     return only_hidden

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from faithmap import metric
 from faithmap.batch import Scored
-from faithmap.regions import blanked, decided, left_out, region_of
+from faithmap.regions import blanked, judged_region, left_out
 
 if TYPE_CHECKING:
     from faithmap.batch import Batch, Maps, Values
@@ -38,10 +38,10 @@ def energy_pointing_game(
     `energy_pg` = 100 <S, M> / <S, 1>, percent, 0 to 100, where S is the map after ReLU (no min-max)
     and M the object: its mask, or the union of its boxes. A constant map scores `object_share` =
     100 |M| / (HW), the level of a map that knows nothing, which also stands in for maps without
-    positive relevance. Pixels that a mask leaves open, such as VOC's void (255), are in neither sum nor in
-    HW. Both are stored for the same images whatever the method: those where the
-    map explains the label, the model is right and the object is neither too small nor too large.
-    The score does not change when a map is multiplied by a positive number.
+    positive relevance. Pixels that a mask leaves open, such as VOC's void (255), are in neither sum
+    nor in HW. Both are stored for the same images whatever the method: those where the map explains
+    the label, the model is right and the object is neither too small nor too large. The score does
+    not change when a map is multiplied by a positive number.
 
     Args:
         model: the model.
@@ -52,15 +52,13 @@ def energy_pointing_game(
         least_share: smallest share of the image, in [0, 1], that an object may cover.
         most_share: largest share.
     """
-    known = decided(batch, region).flatten(1).double()
-    mask = region_of(batch, region).flatten(1) * known
-    share = mask.sum(1) / known.sum(1).clamp_min(1)
+    mask, known, share = judged_region(batch, region)
     reasons = left_out(batch, share, only_correct, least_share, most_share)
-    positive = maps.clamp_min(0).flatten(1).double() * known
+    positive = (maps.clamp_min(0).double() * known).flatten(1)
     # Only the ratio counts; sums of very small or very large maps stay in range this way.
     peak = positive.amax(1, keepdim=True)
     positive = positive / peak.masked_fill(peak == 0, 1)
-    energy = 100 * (positive * mask).sum(1) / positive.sum(1)
+    energy = 100 * (positive * mask.flatten(1)).sum(1) / positive.sum(1)
     return {
         "energy_pg": Scored(
             blanked(energy, reasons),

@@ -9,7 +9,7 @@ import torch
 from faithmap import metric
 from faithmap.batch import Scored
 from faithmap.perturb import removal_ranks
-from faithmap.regions import blanked, decided, left_out, region_of
+from faithmap.regions import blanked, judged_region, left_out
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -40,8 +40,8 @@ def pointing_game(
 
     `pointing` = 100 where the highest pixel lies on the object or no farther than the tolerance
     from one of its pixels, else 0. Among tied pixels the first in the order of removal counts. Pixels
-    that a mask leaves open, such as VOC's void (255), are passed over.
-    Scored are the images of `energy-pointing-game`.
+    that a mask leaves open, such as VOC's void (255), are passed over. Scored are the images of
+    `energy-pointing-game`.
 
     Args:
         model: the model.
@@ -54,9 +54,7 @@ def pointing_game(
         least_share: smallest share of the image, in [0, 1], that an object may cover.
         most_share: largest share.
     """
-    known = decided(batch, region)
-    mask = region_of(batch, region) & known
-    share = mask.flatten(1).double().sum(1) / known.flatten(1).double().sum(1).clamp_min(1)
+    mask, known, share = judged_region(batch, region)
     reasons = left_out(batch, share, only_correct, least_share, most_share)
     ranks = removal_ranks(maps, batch.ties())
     points = ranks.masked_fill(~known.flatten(1), ranks.shape[1]).argmin(1)

@@ -7,22 +7,18 @@ from pathlib import Path
 
 import pytest
 
+from faithmap.reference import _anchors
+
 ROOT = Path(__file__).parents[1]
 PAGES = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), ROOT / "results" / "README.md"]
 LINK = re.compile(r"(?<!!)\[[^\]]*\]\(([^)\s]+)\)")
 
 
 def anchors(page: Path) -> set[str]:
-    """A page's headings as links name them: lower case, hyphens for spaces, no other signs."""
+    """What links call a page's headings."""
     text = re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.S)
-    words = re.findall(r"^#+ (.*)$", text, flags=re.M)
-    found: set[str] = set()
-    for heading in words:
-        slug = re.sub(r"[^\w\- ]", "", heading.lower()).strip().replace(" ", "-")
-        found.add(
-            f"{slug}-{sum(name.rpartition('-')[0] == slug for name in found) + 1}" if slug in found else slug
-        )
-    return found
+    headings = re.findall(r"^#+ (.*)$", text, flags=re.M)
+    return set(_anchors(heading.strip().replace(" ", "-") for heading in headings).values())
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))

@@ -217,6 +217,7 @@ def test_gradcam_of_a_tuned_head_is_the_closed_form(resnet: Model) -> None:
         (["--optimizer", "adamx"], "timm has no optimiser 'adamx'"),
         (["--set", "augment=blur"], "option 'augment': got 'blur', expected one of none, flip, crop"),
         (["--lr", "0"], "option 'lr': got 0.0, expected a number above 0"),
+        (["--train", "all", "--schedule", "none", "--set", "layer_decay=0.7"], "use schedule = constant"),
         (["--lr", "nan"], "option 'lr': got nan, expected a number above 0"),
         (["--set", "min_lr=1"], "option 'min_lr': got 1.0, expected 0 to the rate, lr"),
         (["--set", "label_smoothing=1.5"], "option 'label_smoothing': got 1.5, expected 0 to 1"),

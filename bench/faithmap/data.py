@@ -228,14 +228,13 @@ def make_batch(
     labels = None
     if "label" in gives or any(sample.label is not None for sample, _ in read):
         labels = torch.tensor([-1 if s.label is None else s.label for s, _ in read], device=device)
+    blank = torch.zeros(images.shape[2:], dtype=torch.bool)
     masks, masked = None, None
     if "mask" in gives or any(prepared.mask is not None for _, prepared in read):
         masked = torch.tensor([p.mask is not None for _, p in read], device=device)
-        blank = torch.zeros(images.shape[2:], dtype=torch.bool)
         masks = torch.stack([blank if p.mask is None else p.mask for _, p in read]).to(device)
     void = None
     if any(prepared.void is not None for _, prepared in read):
-        blank = torch.zeros(images.shape[2:], dtype=torch.bool)
         void = torch.stack([blank if p.void is None else p.void for _, p in read]).to(device)
     boxes = None
     if "box" in gives or any(prepared.boxes is not None for _, prepared in read):

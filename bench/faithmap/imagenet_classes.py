@@ -36,6 +36,8 @@ class ImageNetClasses:
     def images_in(self, folder: Path) -> Iterator[tuple[Path, int]]:
         """The images in folders of WordNet ids, sorted, each with its label.
 
+        Files that begin with a dot came along from macOS.
+
         Raises:
             RequestError: a folder is named otherwise.
         """

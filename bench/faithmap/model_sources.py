@@ -65,14 +65,15 @@ def build(name: str, params: Mapping[str, Any]) -> Model:
     built, word = _built_for(module)
     if built and params.get("input_size") is None:
         config["input_size"] = built
-    size = (config["input_size"],) * 2 if isinstance(config["input_size"], int) else config["input_size"]
-    if built and tuple(size) != built:
-        side = size[0] if size[0] == size[1] else list(size)
+    model = Model(module, target_layer=params.get("layer"), family=params.get("family"), name=name, **config)
+    if built and model.input_size != built:
+        height, width = model.input_size
         raise RequestError(
-            f"model '{name}': it is built for input_size {list(built)}, asked for {list(size)}; give "
-            f"kwargs = {{ {word} = {side} }} besides, where the weights allow"
+            f"model '{name}': it is built for input_size {list(built)}, asked for {[height, width]}; give "
+            f"kwargs = {{ {word} = {height if height == width else [height, width]} }} besides, where the "
+            "weights allow"
         )
-    return Model(module, target_layer=params.get("layer"), family=params.get("family"), name=name, **config)
+    return model
 
 
 def _built_for(module: nn.Module) -> tuple[tuple[int, int] | None, str]:

@@ -41,18 +41,26 @@ def region_of(batch: Batch, kind: str) -> Tensor:
     return found.bool()
 
 
-def decided(batch: Batch, kind: str) -> Tensor:
-    """Bool (B, H, W): the pixels of which the truth says whether they are on the object.
+def judged_region(batch: Batch, kind: str) -> tuple[Tensor, Tensor, Tensor]:
+    """The object among the pixels of which the truth says whether they are on it.
 
-    All of them, but those that masks leave open (`Batch.void`); boxes leave nothing open.
+    These are all pixels but those that masks leave open (`Batch.void`); boxes leave nothing open.
 
     Args:
         batch: the images.
         kind: as for `region_of`.
+
+    Returns:
+        The object and these pixels, bool (B, H, W) each, and the object's share of them, (B,) in [0, 1].
+
+    Raises:
+        RequestError: as for `region_of`.
     """
-    if batch.void is None or kind == "box":
-        return torch.ones_like(batch.images[:, 0], dtype=torch.bool)
-    return ~batch.void
+    region = region_of(batch, kind)
+    known = torch.ones_like(region) if batch.void is None or kind == "box" else ~batch.void
+    region = region & known
+    counts = [pixels.flatten(1).double().sum(1) for pixels in (region, known)]
+    return region, known, counts[0] / counts[1].clamp_min(1)
 
 
 def left_out(

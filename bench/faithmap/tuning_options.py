@@ -93,9 +93,14 @@ def finetune_options(given: Mapping[str, Any]) -> dict[str, Any]:
     milestones = list(options["decay_milestones"])
     if milestones != sorted(milestones):
         raise RequestError(f"finetune, option 'decay_milestones': got {milestones}, expected rising epochs")
-    check_optimizer(str(options["optimizer"]))
+    _check_optimizer(str(options["optimizer"]))
     if options["train"] == "head" and options["layer_decay"] != 1.0:
         raise RequestError("finetune, option 'layer_decay': a head is one layer; give it with train = all")
+    if schedule == "none" and options["layer_decay"] != 1.0:
+        raise RequestError(
+            f"layer_decay = {options['layer_decay']} is applied by a schedule, and schedule = 'none' has "
+            "none; use schedule = constant"
+        )
     if options["warmup_epochs"] >= options["epochs"]:
         if "warmup_epochs" in known:
             raise RequestError(
@@ -106,12 +111,8 @@ def finetune_options(given: Mapping[str, Any]) -> dict[str, Any]:
     return options
 
 
-def check_optimizer(name: str) -> None:
-    """Refuse what timm has no optimiser of.
-
-    Raises:
-        RequestError: names it, and the nearest.
-    """
+def _check_optimizer(name: str) -> None:
+    """Refuse a name that timm has no optimiser of."""
     import timm.optim
 
     known = [str(entry) for entry in timm.optim.list_optimizers()]
@@ -123,17 +124,11 @@ def make_optimizer(learning: nn.Module, options: Mapping[str, Any]) -> torch.opt
     """timm's optimiser of a name, over the parameters of a module.
 
     Raises:
-        RequestError: there is none of that name, or it cannot be made here.
+        RequestError: it cannot be made here.
     """
     import timm.optim
 
-    if options["schedule"] == "none" and options["layer_decay"] != 1.0:
-        raise RequestError(
-            f"layer_decay = {options['layer_decay']} is applied by a schedule, and schedule = 'none' has "
-            "none; use schedule = constant"
-        )
     name = str(options["optimizer"])
-    check_optimizer(name)
     more: dict[str, Any] = (
         {} if options["layer_decay"] == 1.0 else {"layer_decay": float(options["layer_decay"])}
     )
