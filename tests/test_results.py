@@ -138,17 +138,30 @@ EXPENSIVE = {"rise", "lime"}
 
 @pytest.mark.parametrize(
     ("name", "images", "models", "left"),
-    [("shapes-baselines", 64, 3, set()), ("imagenet-baselines", 100, 2, EXPENSIVE)],
+    [("shapes-methods", 256, 3, set()), ("imagenet-baselines", 100, 2, EXPENSIVE)],
 )
 def test_the_baselines_are_all_there(name: str, images: int, models: int, left: set[str]) -> None:
     rows, manifest = read_run(RESULTS / name)
-    board = build_board(rows, manifest)
     wanted = {plugin.name for plugin in registry.plugins("explainer")} - OWN - left
-    assert {entry["name"] for entry in manifest["explainers"].values()} == wanted
+    entries = manifest["explainers"]
+    assert {entry["name"] for entry in entries.values()} - OWN == wanted
+    board = build_board(rows, manifest)
+    board = board[[entries[label]["name"] in wanted for label in board["explainer"]]]
     assert len(board) == models * len(wanted) and board["model"].nunique() == models
     skipped = board["status"].str.startswith("skipped")
     assert set(board["n"][~skipped]) == {images}
     assert set(board["explainer"][~skipped]) == wanted
+
+
+def test_the_methods_stand_beside_all_baselines() -> None:
+    rows, manifest = read_run(RESULTS / "shapes-methods")
+    assert {entry["name"] for entry in manifest["explainers"].values()} >= OWN
+    board = build_board(rows, manifest)
+    held = {label: entry["params"] for label, entry in manifest["explainers"].items()}
+    assert held["rise"]["n_masks"] == 8000 and held["lime"]["n_samples"] == 1000
+    assert set(board[board["explainer"].isin(["rise", "lime", "scan", "scorecam++", "infocam"])]["n"]) == {
+        256
+    }
 
 
 def test_the_expensive_ones_are_scored_at_their_published_budgets() -> None:
