@@ -14,6 +14,7 @@ from faithmap.on_disk import (
     Entry,
     Home,
     Line,
+    base_of,
     by_first,
     download_archives,
     lines,
@@ -115,7 +116,12 @@ def cub_200_2011(
     if not 0 < part_radius <= 1:
         raise RequestError(f"dataset '{NAME}', part_radius: got {part_radius}, expected 0 < part_radius <= 1")
     if download:
-        HOME.fetch(root, _download, complete=lambda base: _segmentations(base) is not None)
+        wanted = ARCHIVES[1:] if HOME.is_in(base_of(root)) else ARCHIVES
+        HOME.fetch(
+            root,
+            lambda base: download_archives(base, wanted),
+            complete=lambda base: _segmentations(base) is not None,
+        )
     base = HOME.find(root)
     names = _class_names(base / "classes.txt")
     entries = _entries(base, split, names)
@@ -127,11 +133,6 @@ def cub_200_2011(
             f"dataset '{NAME}': there is no segmentations/ in {base} or beside it; {HOME.advice}"
         )
     return sample_list(base, [_with_truth(entry, truth, masks, agreement) for entry in entries], names)
-
-
-def _download(root: Path) -> None:
-    """Both archives, or the segmentations alone where the images are there."""
-    download_archives(root, ARCHIVES[1:] if HOME.is_in(root) else ARCHIVES)
 
 
 def _class_names(file: Path) -> list[str]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib
+import tarfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -331,6 +333,41 @@ class TestDownload:
         assert listed(NAME, root=archives, download=True).revision == before
         (archives / "segmentations").rename(tmp_path / "lost")
         assert listed(NAME, root=archives, download=True).revision == before
+
+    def test_half_of_the_masks_are_not_taken_for_all(
+        self, archives: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """A download of the masks alone that is cut off leaves no folder of them, and is made up for."""
+        from torchvision.datasets import utils
+
+        before = listed(NAME, root=archives).revision
+        (archives / "segmentations").rename(tmp_path / "lost")
+        unpack = utils.extract_archive
+
+        def cut_off(*args: Any, **options: Any) -> str:
+            unpack(*args, **options)
+            raise KeyboardInterrupt
+
+        with monkeypatch.context() as patched:
+            patched.setattr(utils, "extract_archive", cut_off)
+            with pytest.raises(KeyboardInterrupt):
+                listed(NAME, root=archives, download=True)
+        assert not (archives / "segmentations").exists()
+        assert listed(NAME, root=archives, download=True).revision == before
+
+    def test_an_archive_cannot_write_outside_its_folder(
+        self, archives: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        (address, name, _), other = cub.ARCHIVES
+        (archives / "evil.txt").write_text("evil", encoding="utf-8")
+        with tarfile.open(archives / name, "w:gz") as archive:
+            archive.add(archives / "evil.txt", "../../evil.txt")
+        md5 = hashlib.md5((archives / name).read_bytes()).hexdigest()
+        monkeypatch.setattr(cub, "ARCHIVES", ((address, name, md5), other))
+        with pytest.raises(RequestError, match=r"cannot be downloaded: .*evil.txt.* outside the destination"):
+            listed(NAME, root=tmp_path / "deep" / "new", download=True)
+        assert not list((tmp_path / "deep").rglob("evil.txt"))
+        assert "extraction_filter" not in vars(tarfile.TarFile)
 
     def test_a_wrong_sum_is_refused(
         self, archives: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from pathlib import Path
 from typing import Any
 
@@ -264,6 +265,27 @@ def test_a_trimap_without_a_pet_is_an_empty_mask(root: Path) -> None:
     sample = listed(NAME, root=root)[2]
     assert red(sample).any()
     assert not mask_of(sample).any()
+
+
+def test_archives_are_kept_over_an_interruption_wherever_they_lie(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torchvision puts them in the dataset's folder; what was unpacked of them is not trusted."""
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    base = root / "new"
+    left = base / ".oxford-iiit-pet.unfinished" / "oxford-iiit-pet"
+    (left / "images").mkdir(parents=True)
+    (left / "images" / "half.jpg").write_bytes(b"half")
+    (left / "images.tar.gz").write_bytes(b"an archive")
+    found = []
+
+    def download(folder: Path) -> None:
+        found.extend(sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*")))
+        raise OSError("no network")
+
+    with pytest.raises(RequestError, match="cannot be downloaded: no network"):
+        importlib.import_module("faithmap.datasets.oxford_iiit_pet").HOME.fetch(base, download)
+    assert found == ["oxford-iiit-pet", "oxford-iiit-pet/images.tar.gz"]
 
 
 def test_torchvision_downloads_and_checks(

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from tunings import ORDER, asked
 
 from faithmap import finetuning, kept_features, tuned, tuning_options
-from faithmap.errors import RequestError
+from faithmap.errors import DataError, FaithmapError, RequestError
 from faithmap.finetuning import Outcome
 from faithmap.heads import find_head, logits_of, put_head
 from faithmap.models import Model, load_model
@@ -315,6 +315,48 @@ def test_features_are_kept_over_a_kill(resnet: Model, monkeypatch: pytest.Monkey
     assert len(list(shelf.glob("*.safetensors"))) == 1
     resumed = finetuning.finetune(request)
     assert finetuning.finetune(request, fresh=True).digest == resumed.digest
+
+
+def test_a_broken_file_of_features_is_computed_anew(resnet: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kept_features, "SHARD", 5)
+    request = asked(resnet)
+    with pytest.raises(KilledError):
+        finetuning.finetune(request, KillAt(2))
+    for place, file in enumerate(sorted(request.file.with_suffix(".features").glob("*.safetensors"))):
+        file.write_bytes(file.read_bytes()[: 100 * place])
+    resumed = finetuning.finetune(request)
+    assert finetuning.finetune(request, fresh=True).digest == resumed.digest
+
+
+def lost() -> Any:
+    raise DataError("lost.png: no such file")
+
+
+@pytest.mark.parametrize("train", ["head", "all"])
+def test_images_that_cannot_be_read_are_remembered_over_a_kill(resnet: Model, train: str) -> None:
+    request = asked(resnet, n=12, options={"batch_size": 2, "train": train})
+    broken = tuple(replace(sample, image=lost) for sample in request.samples[:2])
+    request = replace(request, samples=(*broken, *request.samples[2:]))
+    whole = finetuning.finetune(request)
+    assert whole.path is not None
+    last = int(whole.path.with_suffix(".csv").read_text().splitlines()[-1].split(",")[0])
+    with pytest.raises(KilledError):
+        finetuning.finetune(request, KillAt(last), fresh=True, every=0.0)
+    resumed = finetuning.finetune(request, every=0.0)
+    assert resumed.record["data"] == whole.record["data"]
+    assert resumed.record["data"]["unreadable_ids"] == sorted(sample.id for sample in broken)
+
+
+def test_a_checkpoint_of_something_else_is_refused(resnet: Model) -> None:
+    request = asked(resnet, options={"train": "all"})
+    with pytest.raises(KilledError):
+        finetuning.finetune(request, KillAt(3), every=0.0)
+    file = request.file.with_suffix(".checkpoint")
+    held = torch.load(file, weights_only=True)
+    held["state"]["learning"].popitem()
+    torch.save(held, file)
+    with pytest.raises(FaithmapError, match=r"checkpoint .* is damaged \(RuntimeError\); .* --fresh"):
+        finetuning.finetune(request)
 
 
 @pytest.mark.parametrize("phase", ["features", "tuned"])

@@ -89,7 +89,7 @@ class TestCommand:
     def test_the_embedded_images(self, typed: Typed, tmp_path: Path) -> None:
         code, shown = typed("show", "shapes", "--set", "n=32", "--set", "objects=2", "--limit", 5)
         assert code == 0, shown
-        assert "shapes: 32 images, 5 shown, 5 with boxes, 5 with masks; wrote shapes.png" in shown
+        assert "shapes: 32 samples, 5 shown, 5 with boxes, 5 with masks; wrote shapes.png" in shown
         with PIL.Image.open(tmp_path / "shapes.png") as image:
             assert image.width > 500
 
@@ -98,7 +98,7 @@ class TestCommand:
         words = ("--request", photos / "request.toml", "--model", "shapes/resnet", "--out", out)
         code, shown = typed("show", "mine", *words)
         assert code == 0, shown
-        assert "mine: 2 images, 2 shown, 1 with boxes, 0 with masks" in shown
+        assert "mine: 2 samples, 2 shown, 1 with boxes, 0 with masks" in shown
         assert out.read_text(encoding="utf-8").startswith("<?xml")
 
     def test_paths_are_relative_to_where_they_are_typed(
@@ -113,7 +113,7 @@ class TestCommand:
         words = ("--request", photos / "request.toml", "--set", "index=other.csv", "--set", "root=..")
         code, shown = typed("show", "mine", *words)
         assert code == 0, shown
-        assert "mine: 1 images" in shown
+        assert "mine: 1 sample, 1 shown" in shown
 
     def test_titles_are_short_words_with_the_label(self, photos: Path) -> None:
         from faithmap.data import load_dataset

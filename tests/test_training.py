@@ -9,7 +9,9 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,7 +19,7 @@ from fits import TOY, KillAt, KilledError, asked, typed
 from rich.console import Console
 
 from faithmap import commands, fitting, training
-from faithmap.errors import FaithmapError, RequestError
+from faithmap.errors import DataError, FaithmapError, RequestError
 from faithmap.models import Model, load_model
 from faithmap.records import Sample
 
@@ -39,6 +41,23 @@ def test_a_fit_goes_on_to_the_same_curve(model: Model, tmp_path: Path, at: int) 
     assert whole.path is not None and resumed.path is not None
     assert resumed.path.with_suffix(".csv").read_text() == whole.path.with_suffix(".csv").read_text()
     assert not resumed.path.with_suffix(".checkpoint").exists()
+
+
+def test_images_that_cannot_be_read_are_remembered_over_a_kill(model: Model, tmp_path: Path) -> None:
+    def lost() -> Any:
+        raise DataError("lost.png: no such file")
+
+    request = asked(model)
+    broken = replace(request.samples[0], image=lost)
+    request = replace(request, samples=(broken, *request.samples[1:]))
+    whole = training.train(request, out=tmp_path / "whole")
+    assert whole.path is not None
+    steps = len(whole.path.with_suffix(".csv").read_text().splitlines()) - 1
+    with pytest.raises(KilledError):
+        training.train(request, KillAt(steps), out=tmp_path / "killed", every=0.0)
+    resumed = training.train(request, out=tmp_path / "killed", every=0.0)
+    assert resumed.record["data"] == whole.record["data"]
+    assert resumed.record["data"]["unreadable_ids"] == [broken.id]
 
 
 def test_a_damaged_checkpoint_is_named(model: Model, tmp_path: Path) -> None:
@@ -143,6 +162,10 @@ def test_the_command_says_what_was_made(tmp_path: Path, home: Path) -> None:
     assert "toy-fitted fitted to shapes/resnet on 8 images of shapes: 3 parameters" in said
     (file,) = (home / "fitted" / "toy-fitted").glob("*.safetensors")
     assert f"wrote {file}" in said
+    code, said = typed("train", "toy-fitted", "--model", "shapes/resnet",
+                       "--dataset", "shapes[split=train,n=8]", "--set", "epochs=2")  # fmt: skip
+    assert code == 0
+    assert f"{file} was there already" in said and "wrote" not in said
 
 
 def test_the_command_reads_models_and_datasets_of_a_request(tmp_path: Path) -> None:

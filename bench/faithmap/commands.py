@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
     from faithmap.data import LoadedDataset
     from faithmap.finetuning import Finetuning
+    from faithmap.fitting import Fit
     from faithmap.models import Model
     from faithmap.training import Training
 
@@ -288,7 +289,7 @@ def train(
     from faithmap.fitting import counts, spec_text, told_images
     from faithmap.learning_record import told_counts
 
-    started = time.monotonic()
+    started, begun = time.monotonic(), time.time()
     made = fits.train(asked, progress.watcher(errors), out=out, half=half, fresh=fresh)
     record = made.record
     taken = progress.clock(time.monotonic() - started)
@@ -301,7 +302,7 @@ def train(
     said += told_counts(record, counts(asked.plugin)) + _unreadable(data)
     params = {**asked.params, "fitted": str(made.path)} if out else asked.params
     spec = shlex.quote(spec_text(asked.plugin, params))
-    said += [f"wrote {made.path}", f"fit {made.key}: `faithmap run --explainers {spec}` takes it"]
+    said += [_where(made, begun), f"fit {made.key}: `faithmap run --explainers {spec}` takes it"]
     for line in said:
         console.print(line, markup=False, highlight=False, soft_wrap=True)
     return 0
@@ -312,14 +313,23 @@ def _unreadable(*parts: Mapping[str, Any]) -> list[str]:
     number = sum(part["unreadable"] for part in parts)
     names = [name for part in parts for name in part.get("unreadable_ids", ())]
     shown = ", ".join(names[:SHOWN_NAMES]) + (", ..." if number > SHOWN_NAMES else "")
-    return [f"{number} images could not be read and were left out: {shown}"] if number else []
+    counted = (
+        "1 image could not be read and was" if number == 1 else f"{number} images could not be read and were"
+    )
+    return [f"{counted} left out: {shown}"] if number else []
+
+
+def _where(made: Fit, started: float) -> str:
+    """Where the outcome lies: written just now, or found as it was asked for."""
+    there = made.path is not None and made.path.stat().st_mtime < started
+    return f"{made.path} was there already" if there else f"wrote {made.path}"
 
 
 def finetune(asked: Finetuning, console: Console, errors: Console, *, fresh: bool) -> int:
     """Fine-tune, and say how well it went, where the model lies and how it is used."""
     from faithmap import finetuning, progress, tuned
 
-    started = time.monotonic()
+    started, begun = time.monotonic(), time.time()
     made = finetuning.finetune(asked, progress.watcher(errors), fresh=fresh)
     record, test = made.record, made.record["test"]
     data, options = record["data"], record["options"]
@@ -341,7 +351,7 @@ def finetune(asked: Finetuning, console: Console, errors: Console, *, fresh: boo
         )
     others = [file for file in tuned.known().get(asked.name, ()) if file != made.path]
     name = f"{tuned.SOURCE}/{asked.file.stem if others else asked.name}"
-    said += [f"wrote {made.path}", f"`faithmap run --models {shlex.quote(name)}` takes it"]
+    said += [_where(made, begun), f"`faithmap run --models {shlex.quote(name)}` takes it"]
     for line in said:
         console.print(line, markup=False, highlight=False, soft_wrap=True)
     return 0

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
@@ -76,10 +76,9 @@ def keep(
     steps = [-(-len(shard) // FORWARD) for shard in shards]
     for place, shard in enumerate(shards):
         file = shelf / f"{place:05d}.safetensors"
-        if file.is_file():
-            with safe_open(file, framework="pt") as opened:
-                parts.append({name: opened.get_tensor(name) for name in opened.keys()})  # noqa: SIM118
-                unreadable |= json.loads(opened.metadata()["unreadable"])
+        if (held := _from(file)) is not None:
+            parts.append(held[0])
+            unreadable |= held[1]
             continue
         if not begun:
             session.watcher.begin(f"features · {session.title}", sum(steps), sum(steps[:place]))
@@ -90,12 +89,24 @@ def keep(
         unreadable |= faults
     if begun:
         session.watcher.end()
-    held = [part for part in parts if len(part["labels"])]
-    inputs = [torch.cat([part[str(i)] for part in held]) for i in range(len(head.layers))] if held else []
+    filled = [part for part in parts if len(part["labels"])]
+    inputs = [torch.cat([part[str(i)] for part in filled]) for i in range(len(head.layers))] if filled else []
     labels = torch.cat([part["labels"] for part in parts]) if parts else torch.zeros(0, dtype=torch.long)
     kept = Kept(inputs, labels, model.device, session.seed, len(samples))
     kept.unreadable = unreadable
     return kept
+
+
+def _from(file: Path) -> tuple[dict[str, Tensor], dict[str, str]] | None:
+    """What a file on the shelf holds; None where there is none, or it is broken and is written anew."""
+    if not file.is_file():
+        return None
+    try:
+        with safe_open(file, framework="pt") as opened:
+            part = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+            return part, json.loads(opened.metadata()["unreadable"])
+    except (SafetensorError, OSError, KeyError, TypeError, ValueError):
+        return None
 
 
 def _shard(

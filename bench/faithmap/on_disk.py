@@ -5,7 +5,9 @@ from __future__ import annotations
 import math
 import os
 import shutil
+import tarfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +17,8 @@ from faithmap.records import Sample, SampleList, digest
 
 #: Set by `--offline`, and by whoever wants no traffic at all.
 OFFLINE_VARIABLE = "HF_HUB_OFFLINE"
+#: How archives end. They are not fetched twice; what was unpacked of them is.
+ARCHIVES = (".tar", ".tgz", ".gz", ".zip")
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +44,7 @@ class Home:
         Raises:
             RequestError: it is not there; the sentence says where to get it and where to put it.
         """
-        base = Path(root).expanduser() if root is not None else kept()
+        base = base_of(root)
         if root is None and not (base / self.folder).is_dir():
             raise RequestError(f"dataset '{self.name}' needs root; {self.advice}{self.download}")
         if not base.is_dir():
@@ -72,14 +76,14 @@ class Home:
 
         Args:
             root: the folder to download to; by default `data` in the user's folder of faithmap.
-            download: does so.
+            download: does so, into the folder that it is given.
             complete: whether the dataset's folder holds, or has beside it, what else is wanted.
 
         Raises:
             RequestError: the network may not be asked, or the download fails, as it does where a checksum
                 is wrong.
         """
-        base = Path(root).expanduser() if root is not None else kept()
+        base = base_of(root)
         if self.is_in(base) and complete(self.find(base)):
             return
         if os.environ.get(OFFLINE_VARIABLE, "").lower() in ("1", "true", "yes", "on"):
@@ -87,37 +91,62 @@ class Home:
                 f"dataset '{self.name}' is not in {base}, and the network may not be asked "
                 f"(--offline, or {OFFLINE_VARIABLE}); {self.advice}"
             )
-        fresh = not self.is_in(base)
-        if fresh and (base / self.folder).exists():
+        if not self.is_in(base) and (base / self.folder).exists():
             raise RequestError(
                 f"dataset '{self.name}': {base / self.folder} is not complete, as an unpacking that was cut "
                 "off leaves it; delete it and run again"
             )
         try:
-            if fresh:
+            with _kept_inside():
                 _unpacked_elsewhere(base, self.name, download)
-            else:
-                download(base)
         except Exception as error:
             said = str(error).strip().splitlines() or [type(error).__name__]
             raise RequestError(
-                f"dataset '{self.name}' cannot be downloaded: {said[0]}; {self.advice}"
+                f"dataset '{self.name}' cannot be downloaded: {said[0].rstrip('.')}; {self.advice}"
             ) from error
+
+
+@contextmanager
+def _kept_inside() -> Iterator[None]:
+    """Let no archive write outside the folder that it is unpacked in.
+
+    torchvision unpacks without a filter, and before Python 3.14 that lets members lead anywhere.
+    """
+    before = vars(tarfile.TarFile).get("extraction_filter")
+    if not hasattr(tarfile, "data_filter"):  # before 3.11.4
+        yield
+        return
+    tarfile.TarFile.extraction_filter = staticmethod(tarfile.data_filter)
+    try:
+        yield
+    finally:
+        if before is None:
+            del tarfile.TarFile.extraction_filter
+        else:
+            tarfile.TarFile.extraction_filter = before
 
 
 def _unpacked_elsewhere(base: Path, name: str, download: Callable[[Path], None]) -> None:
     """Download into a folder beside, and move what is there when it is complete: a folder that is in place
     was unpacked to its end. Archives are kept until then, so that they are not fetched twice."""
     scratch = base / f".{name}.unfinished"
-    for entry in scratch.iterdir() if scratch.is_dir() else ():
-        if entry.is_dir():
-            shutil.rmtree(entry)
+    for folder, _, files in os.walk(scratch, topdown=False):
+        for file in files:
+            if not file.endswith(ARCHIVES):
+                Path(folder, file).unlink()
+        with suppress(OSError):  # an archive is in it
+            Path(folder).rmdir()
     scratch.mkdir(parents=True, exist_ok=True)
     download(scratch)
     for entry in list(scratch.iterdir()):
         if entry.is_dir():
             shutil.copytree(entry, base / entry.name, copy_function=os.replace, dirs_exist_ok=True)
     shutil.rmtree(scratch)
+
+
+def base_of(root: str | Path | None) -> Path:
+    """The folder that is meant: `root`, or where downloads lie for which none was named."""
+    return Path(root).expanduser() if root is not None else kept()
 
 
 def kept() -> Path:

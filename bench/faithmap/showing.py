@@ -109,7 +109,7 @@ def title(sample: Sample, data: LoadedDataset) -> str:
 
 def heading(data: LoadedDataset, shown: int) -> str:
     """The figure's title: the dataset and how much of it is shown."""
-    return f"{data.label}: {shown} of {len(data.samples):,} images, revision {data.revision}"
+    return f"{data.label}: {shown} of {len(data.samples):,} samples, revision {data.revision}"
 
 
 def summary(data: LoadedDataset, panels: Sequence[Panel]) -> str:
@@ -118,9 +118,10 @@ def summary(data: LoadedDataset, panels: Sequence[Panel]) -> str:
     masks = [panel.prepared.mask for panel in panels]
     with_box = sum(given is not None and len(given) > 0 for given in boxes)
     with_mask = sum(given is not None and bool(given.any()) for given in masks)
+    count = len(data.samples)
     return (
-        f"{data.label}: {len(data.samples):,} images, {len(panels)} shown, {with_box} with boxes, "
-        f"{with_mask} with masks"
+        f"{data.label}: {count:,} sample{'' if count == 1 else 's'}, {len(panels)} shown, "
+        f"{with_box} with boxes, {with_mask} with masks"
     )
 
 

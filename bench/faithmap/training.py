@@ -136,6 +136,8 @@ class Session:
     stopping: bool = False
     #: Counts the images that are learnt from; None counts none.
     seen: Seen | None = None
+    #: Ids of the images that could not be read, with the reason: those of the data that are learnt from.
+    unreadable: dict[str, str] = field(default_factory=dict)
     #: What it runs on, in words.
     device: str = ""
     #: What it ran on before it was interrupted, in the order of use.
@@ -160,13 +162,18 @@ class Session:
             state: dict[str, Any] = held["state"]
             if self.seen is not None:
                 self.seen.restore(held.get("seen"))
+            self.unreadable.update(held.get("unreadable", {}))
         except Exception as error:
-            raise FaithmapError(
-                f"the checkpoint {self.file} is damaged ({type(error).__name__}); delete it, or fit with "
-                "--fresh"
-            ) from error
+            raise self.damaged(error) from error
         self._started = time.monotonic()
         return state
+
+    def damaged(self, error: Exception) -> FaithmapError:
+        """What to say of a checkpoint that cannot be read, or does not fit what goes on from it."""
+        return FaithmapError(
+            f"the checkpoint {self.file} is damaged ({type(error).__name__}); delete it, or run again with "
+            "--fresh"
+        )
 
     def checkpoint(self, make_state: Callable[[], dict[str, Any]]) -> None:
         """Offer the state after a step: it is asked for and written when the last one is a minute old.
@@ -188,6 +195,7 @@ class Session:
             "curve": self.curve,
             "seconds": self.elapsed(),
             "devices": self.devices,
+            "unreadable": dict(self.unreadable),
         }
         if self.seen is not None:
             held["seen"] = self.seen.state()
@@ -397,7 +405,7 @@ def fit_in_memory(plugin: Plugin, params: Mapping[str, Any], model: Model, data:
 
 def _fit(request: Training, session: Session) -> tuple[dict[str, Tensor], TrainingData]:
     data = TrainingData(request.samples, request.model, request.seed, request.workers)
-    session.seen = data.seen
+    session.seen, session.unreadable = data.seen, data.unreadable
     explainer: Any = request.plugin.make(request.params)
     try:
         with guarded(request.model), torch.enable_grad():
