@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from faithmap import boards, equation_nine, registry
 from faithmap.folders import read_run
 from faithmap.leaderboard import build_board, write_boards
 from faithmap.records import REFERENCE_NULL
+from faithmap.report.variants import write_variants
 
 RESULTS = Path(__file__).parents[1] / "results"
 BOARDS = sorted(folder.parent.name for folder in RESULTS.glob("*/manifest.json"))
@@ -34,6 +36,18 @@ def test_a_board_is_rebuilt_from_its_rows_byte_for_byte(name: str, tmp_path: Pat
     write_boards(*read_run(held), tmp_path)
     for file in ("leaderboard.csv", "leaderboard.md"):
         assert (tmp_path / file).read_bytes() == (held / file).read_bytes(), file
+
+
+@pytest.mark.slow
+def test_the_order_under_other_variants_is_rebuilt_byte_for_byte(tmp_path: Path) -> None:
+    held, new = RESULTS / "quickstart-variants", tmp_path / "new"
+    shutil.copytree(held, new)
+    pages = ("variants.csv", "variants.md")
+    for page in pages:
+        (new / page).unlink()
+    write_variants(new)
+    for page in pages:
+        assert (new / page).read_bytes() == (held / page).read_bytes(), page
 
 
 @pytest.mark.parametrize("name", COMPARED)
