@@ -41,7 +41,7 @@ def huggingface(
     revision: str | None = None,
     data_files: str | Sequence[str] | Mapping[str, str | Sequence[str]] | None = None,
     image: str = "image",
-    label: str = "label",
+    labels: str = "label",
     boxes: str = "",
     box_format: str = "xyxy",
     box_units: str = "pixels",
@@ -74,7 +74,7 @@ def huggingface(
         data_files: files below `root` (or of the dataset on the hub): a pattern, a list, or a table of
             them by split.
         image: the column of the images.
-        label: the column of the labels; "" where there are none.
+        labels: the column of the labels; "" where there are none.
         boxes: the column of the boxes, "" for none. A row holds one box or a list of them, all of the
             labelled object. "objects.bbox" reaches into a column of records.
         box_format: what a box's four numbers are: "xyxy" (left, top, right, bottom), "xywh" or "coco"
@@ -113,10 +113,10 @@ def huggingface(
     table.check_column("image", image, of_images=True)
     if mask:
         table.check_column("mask", mask, of_images=True)
-    for parameter, name in (("label", label), ("boxes", boxes.split(".")[0]), ("id", id)):
+    for parameter, name in (("labels", labels), ("boxes", boxes.split(".")[0]), ("id", id)):
         if name:
             table.check_column(parameter, name)
-    labels, names = _labels(table, label, whole=not streaming)
+    numbers, names = _labels(table, labels, whole=not streaming)
     source = Source(table.rows, image, boxes, box_format, box_units, mask, mask_value, void_value)
     return SampleList(
         (
@@ -129,7 +129,7 @@ def huggingface(
                 name=names[known] if known is not None and known < len(names) else "",
                 void=partial(source.upright_void, row) if void_value is not None else None,
             )
-            for row, (image_id, known) in enumerate(zip(_ids(table, id), labels, strict=True))
+            for row, (image_id, known) in enumerate(zip(_ids(table, id), numbers, strict=True))
         ),
         revision=table.revision,
         class_names=names or None,
@@ -192,7 +192,7 @@ def _labels(table: Table, column: str, whole: bool) -> tuple[list[int | None], t
     words = [value for value in values if isinstance(value, str)]
     if words and not whole:
         raise RequestError(
-            f"dataset '{NAME}', label: column '{column}' holds words such as '{words[0]}', which can be "
+            f"dataset '{NAME}', labels: column '{column}' holds words such as '{words[0]}', which can be "
             "numbered only when all are known; leave out streaming"
         )
     if words:
@@ -203,7 +203,7 @@ def _labels(table: Table, column: str, whole: bool) -> tuple[list[int | None], t
     for row, value in enumerate(values):
         if value is not None and not isinstance(value, int):
             raise RequestError(
-                f"dataset '{NAME}', label: column '{column}' holds {str(value)[:60]!r} in row {row}, "
+                f"dataset '{NAME}', labels: column '{column}' holds {str(value)[:60]!r} in row {row}, "
                 "expected an integer or a word"
             )
         labels.append(None if value is None or value < 0 else int(value))

@@ -9,12 +9,15 @@ scenes are flat: the outlines of the dataset `shapes` in one colour on a ground 
 
 from __future__ import annotations
 
+import io
+import json
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import PIL.Image
@@ -38,6 +41,11 @@ PETS = (
     ("Abyssinian", 1, True), ("american_bulldog", 2, False), ("beagle", 5, False), ("Bengal", 6, True),
     ("Birman", 7, True), ("boxer", 9, False), ("Persian", 24, True), ("pug", 26, False),
 )  # fmt: skip
+FOOD = ("pizza", "ravioli", "samosa", "hot_dog", "waffles", "donuts", "gyoza", "cup_cakes")
+IMAGENETTE = (
+    "n03445777", "n03394916", "n03888257", "n01440764", "n03000684", "n03425413", "n03028079", "n02979186",
+)  # fmt: skip
+OUTLINES = ("disc", "square", "triangle", "star", "plus", "ring", "crescent", "hourglass")
 GROUND = np.array([[214, 222, 228], [232, 221, 200], [205, 219, 196], [92, 104, 118]], np.uint8)
 INK = np.array([
     [192, 57, 43], [41, 98, 176], [31, 122, 77], [214, 137, 16], [125, 60, 152], [20, 143, 139],
@@ -191,12 +199,76 @@ def pets(root: Path) -> None:
         file.write_text("\n".join(content) + "\n", encoding="utf-8")
 
 
+def food(root: Path) -> None:
+    """A list of eight dishes, which has no boxes."""
+    base, lists = root / "food-101", {dish: list[str]() for dish in FOOD}
+    for number, drawn in enumerate(scenes(), 1):
+        dish = FOOD[drawn.things[0][0]]
+        lists[dish].append(f"{dish}/{number}")
+        drawn.save(base / "images" / dish / f"{number}.jpg")
+    (base / "meta").mkdir()
+    for split in ("train", "test"):
+        (base / "meta" / f"{split}.json").write_text(json.dumps(lists), encoding="utf-8")
+
+
+def dogs_vs_cats(root: Path) -> None:
+    """Kaggle's folder: disc, square, triangle and star are cats, the others dogs."""
+    for number, drawn in enumerate(scenes()):
+        kind = "cat" if drawn.things[0][0] < 4 else "dog"
+        drawn.save(root / "train" / f"{kind}.{number}.jpg")
+
+
+def imagenette(root: Path) -> None:
+    """Folders of eight of the ten classes."""
+    for split in ("train", "val"):
+        for number, drawn in enumerate(scenes(), 1):
+            wnid = IMAGENETTE[drawn.things[0][0]]
+            drawn.save(root / "imagenette2-320" / split / wnid / f"{wnid}_{number}.JPEG")
+
+
+def huggingface(root: Path) -> None:
+    """A Parquet file of rows with images, words for labels, boxes as x, y, width, height, and masks."""
+    import importlib
+
+    columns: dict[str, list[Any]] = {name: [] for name in ("picture", "outline", "boxes", "segmentation")}
+    for drawn in scenes():
+        kind, mask = drawn.things[0]
+        x0, y0, x1, y1 = corners(mask)
+        for column, pixels in (("picture", drawn.image), ("segmentation", mask.astype(np.uint8))):
+            stream = io.BytesIO()
+            PIL.Image.fromarray(pixels).save(stream, "PNG")
+            columns[column].append({"bytes": stream.getvalue(), "path": None})
+        columns["outline"].append(OUTLINES[kind])
+        columns["boxes"].append([[x0, y0, x1 - x0 + 1, y1 - y0 + 1]])
+    library = importlib.import_module("datasets")
+    library.disable_progress_bars()
+    rows = library.Dataset.from_dict(columns)
+    for column in ("picture", "segmentation"):
+        rows = rows.cast_column(column, library.Image())
+    rows.to_parquet(root / "test.parquet")
+
+
 STAND_INS: dict[str, Callable[[Path], None]] = {
     "imagenet": imagenet,
     "tiny-imagenet": tiny_imagenet,
     "voc2012": voc2012,
     "cub-200-2011": cub,
     "oxford-iiit-pet": pets,
+    "food-101": food,
+    "dogs-vs-cats": dogs_vs_cats,
+    "imagenette": imagenette,
+    "huggingface": huggingface,
+}
+#: What a request says of one besides its root.
+ASKED = {
+    "huggingface": """path = "parquet"
+data_files = { test = "test.parquet" }
+image = "picture"
+labels = "outline"
+boxes = "boxes"
+box_format = "xywh"
+mask = "segmentation"
+"""
 }
 
 
@@ -209,7 +281,7 @@ def show(name: str, folder: Path) -> None:
         request = Path(scratch) / "request.toml"
         label = f"stand-in for {name}"
         request.write_text(
-            f'[[datasets]]\nname = "{name}"\nroot = "."\nlabel = "{label}"\n\n'
+            f'[[datasets]]\nname = "{name}"\nlabel = "{label}"\nroot = "."\n{ASKED.get(name, "")}\n'
             '[[models]]\nname = "shapes/resnet"\n',
             encoding="utf-8",
         )

@@ -152,7 +152,7 @@ class TestFiles:
     def test_no_labels(self, tmp_path: Path) -> None:
         root = write(tmp_path / "data", rows(label=[-1, 3, -1, 0]))
         assert [sample.label for sample in open_rows(root)] == [None, 3, None, 0]
-        assert [sample.label for sample in open_rows(root, label="")] == [None] * 4
+        assert [sample.label for sample in open_rows(root, labels="")] == [None] * 4
 
     def test_ids_from_a_column(self, tmp_path: Path) -> None:
         root = write(tmp_path / "data", rows(key=["d", "c", "b", "a"], twice=[1, 2, 2, 3]))
@@ -367,10 +367,10 @@ class TestTheHub:
     [
         ({"image": "picture"}, "image: there is no column of images 'picture'; known are: image"),
         ({"image": "label"}, "image: there is no column of images 'label'"),
-        ({"label": "labels"}, "label: there is no column 'labels'; did you mean 'label'"),
+        ({"labels": "labels"}, "labels: there is no column 'labels'; did you mean 'label'"),
         ({"boxes": "objects.bbox"}, "boxes: there is no column 'objects'"),
         ({"mask": "label"}, "mask: there is no column of images 'label'"),
-        ({"label": "score"}, "label: column 'score' holds '0.5' in row 0, expected an integer or a word"),
+        ({"labels": "score"}, "labels: column 'score' holds '0.5' in row 0, expected an integer or a word"),
         ({"void_value": 255}, "void_value: got 255, mask '' and mask_value None; expected the"),
         ({"mask": "image", "mask_value": 1, "void_value": 1}, "another than mask_value"),
         ({"split": "validation"}, "has no split 'validation'; known are: test"),

@@ -169,6 +169,16 @@ def test_open_ended_keywords_are_refused() -> None:
             """Takes everything."""
 
 
+def test_what_a_request_says_of_the_line_is_no_parameter() -> None:
+    """A line's `name` and `label` do not reach the plugin."""
+    with pytest.raises(PluginError, match="dataset 'mine' has a parameter 'label'; in a request that is"):
+
+        @registry.dataset(version=1, source="here", gives={"label"}, license="none", revision="1")
+        def mine(*, label: str = "column") -> list[object]:
+            """No samples."""
+            return []
+
+
 def test_unknown_names_suggest_the_nearest() -> None:
     with pytest.raises(RequestError, match="did you mean 'gradcam'"):
         registry.get("explainer", "gradcan")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -22,8 +23,11 @@ ONE, TWO = stand_ins.scenes(), stand_ins.scenes(2)
 @pytest.fixture
 def samples(request: pytest.FixtureRequest, tmp_path: Path) -> dict[str, Sample]:
     """The samples of a stand-in, by id."""
+    if request.param == "huggingface":
+        pytest.importorskip("datasets")
     STAND_INS[request.param](tmp_path)
-    return {sample.id: sample for sample in build(request.param, root=tmp_path)}
+    params = {"root": tmp_path, **tomllib.loads(stand_ins.ASKED.get(request.param, ""))}
+    return {sample.id: sample for sample in build(request.param, **params)}
 
 
 def boxes(sample: Sample) -> list[tuple[float, ...]]:
@@ -103,6 +107,40 @@ def test_pets(samples: dict[str, Sample]) -> None:
         void = pixels(sample, "void")
         assert np.array_equal(void, stand_ins.rim(mask, 6, 6))
         assert np.array_equal(pixels(sample, "mask"), mask & ~void)
+
+
+@pytest.mark.parametrize("samples", ["huggingface"], indirect=True)
+def test_huggingface(samples: dict[str, Sample]) -> None:
+    """Images, labels, boxes and masks of each row; words are numbered in their sorted order."""
+    words = sorted(stand_ins.OUTLINES)
+    assert len(samples) == len(ONE)
+    for number, scene in enumerate(ONE):
+        (kind, mask), sample = scene.things[0], samples[f"test/{number:06d}"]
+        assert sample.label == words.index(stand_ins.OUTLINES[kind])
+        assert boxes(sample) == [edges(mask)]
+        assert np.array_equal(pixels(sample, "mask"), mask)
+
+
+@pytest.mark.parametrize(
+    ("samples", "place", "labels"),
+    [
+        ("food-101", "{food}/{one}.jpg", [sorted(stand_ins.FOOD).index(dish) for dish in stand_ins.FOOD]),
+        ("dogs-vs-cats", "{pet}.{nought}.jpg", [0, 0, 0, 0, 1, 1, 1, 1]),
+        ("imagenette", "val/{wnid}/{wnid}_{one}.JPEG", [574, 566, 701, 0, 491, 571, 497, 482]),
+    ],
+    indirect=["samples"],
+)
+def test_without_boxes(samples: dict[str, Sample], place: str, labels: list[int]) -> None:
+    """Each image comes with its label, and up to the JPEG's noise it is the one that was drawn."""
+    assert len(samples) == len(ONE)
+    for nought, scene in enumerate(ONE):
+        kind = scene.things[0][0]
+        names = {"food": stand_ins.FOOD[kind], "pet": "cat" if kind < 4 else "dog", "nought": nought}
+        names |= {"wnid": stand_ins.IMAGENETTE[kind], "one": nought + 1}
+        sample = samples[place.format(**names)]
+        assert sample.label == labels[kind] and sample.boxes is None and sample.mask is None
+        assert callable(sample.image)
+        assert np.abs(np.asarray(sample.image(), float) - scene.image).mean() < 1
 
 
 def test_rims_keep_to_their_side() -> None:

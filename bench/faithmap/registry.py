@@ -37,6 +37,8 @@ FITTED, AUTO = "fitted", "auto"
 #: The parameter that reduces one explainer's maps to a grid as soon as they are made: "model", or a side in
 #: cells. It belongs to the core; where it is not given, an explainer has no such parameter.
 REDUCED = "map_grid"
+#: What a line of a request says of itself: these keys never reach a plugin.
+OF_THE_LINE = ("name", "label")
 
 
 @dataclass(frozen=True)
@@ -160,6 +162,12 @@ def _register(facts: Facts, target: Callable[..., Any]) -> None:
             raise PluginError(
                 f"{facts.kind} '{facts.name}' takes **{parameter.name}; a plugin names its parameters, "
                 "keyword-only and with defaults, so that they can be checked and stored"
+            )
+        if parameter.name in OF_THE_LINE and parameter.kind is inspect.Parameter.KEYWORD_ONLY:
+            raise PluginError(
+                f"{facts.kind} '{facts.name}' has a parameter '{parameter.name}'; in a request that is the "
+                f"{'name of the plugin' if parameter.name == 'name' else 'label of its line'}, so give the "
+                "parameter another name"
             )
     source = inspect.getsourcefile(target)
     file = Path(source).resolve() if source else None
