@@ -112,18 +112,15 @@ def _kept_inside() -> Iterator[None]:
 
     torchvision unpacks without a filter, and before Python 3.14 that lets members lead anywhere.
     """
-    before = vars(tarfile.TarFile).get("extraction_filter")
     if not hasattr(tarfile, "data_filter"):  # before 3.11.4
         yield
         return
+    before = vars(tarfile.TarFile)["extraction_filter"]  # as it is held: a look through the class unwraps it
     tarfile.TarFile.extraction_filter = staticmethod(tarfile.data_filter)
     try:
         yield
     finally:
-        if before is None:
-            del tarfile.TarFile.extraction_filter
-        else:
-            tarfile.TarFile.extraction_filter = before
+        tarfile.TarFile.extraction_filter = before
 
 
 def _unpacked_elsewhere(base: Path, name: str, download: Callable[[Path], None]) -> None:
