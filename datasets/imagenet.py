@@ -228,7 +228,8 @@ def _archived(archive: Path) -> dict[str, str]:
 
     with tempfile.TemporaryDirectory() as scratch:
         try:
-            parse_devkit_archive(scratch, str(archive.absolute()))
+            with on_disk.kept_inside():
+                parse_devkit_archive(scratch, str(archive.absolute()))
         except Exception as error:
             said = str(error).replace(scratch, str(archive.parent))
             raise RequestError(

@@ -301,7 +301,9 @@ class Scan:
             steps = steps or epochs * each
             training = DecoderTraining(self, model, session.seed, session.precision)
             training.keep_features(len(data), -(-steps // each))
-            training.restore(session.resume())
+            state = session.resume()
+            with session.restoring():
+                training.restore(state)
             while training.step < steps:
                 epoch, done = divmod(training.step, each)
                 for images, labels in data.batches(batch_size, epoch, drop_last=not partly, start=done):

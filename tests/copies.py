@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import PIL.Image
+import pytest
 import torch
 
 from faithmap import conformance
@@ -130,6 +131,19 @@ def packed(archive: Path, root: Path, *folders: str) -> str:
         for folder in folders:
             file.add(root / folder, folder)
     return hashlib.md5(archive.read_bytes()).hexdigest()
+
+
+def cut_off_behind_unpacking(patch: pytest.MonkeyPatch) -> None:
+    """Have torchvision unpack archives and then be interrupted."""
+    from torchvision.datasets import utils
+
+    unpack = utils.extract_archive
+
+    def cut_off(*args: Any, **options: Any) -> str:
+        unpack(*args, **options)
+        raise KeyboardInterrupt
+
+    patch.setattr(utils, "extract_archive", cut_off)
 
 
 def assert_passes_the_kit(name: str, root: Path, more: str = "", truths: bool = True) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -56,6 +57,9 @@ class Session:
 
     def resume(self) -> dict[str, Any] | None:
         return self.kept
+
+    def restoring(self) -> AbstractContextManager[None]:
+        return nullcontext()
 
     def checkpoint(self, make_state: Callable[[], dict[str, Any]]) -> None:
         self.kept = make_state()

@@ -19,8 +19,9 @@ from faithmap.batch import Batch, Scored
 from faithmap.errors import RequestError
 from faithmap.explaining import MapSet, bind, judge
 from faithmap.models import Model
+from faithmap.plugin import Plugin
 from faithmap.records import Facts, Spec
-from faithmap.registry import Plugin, get
+from faithmap.registry import get
 from faithmap.scoring import MetricUse, project, score_maps, use_metric
 
 

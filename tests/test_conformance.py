@@ -16,6 +16,7 @@ from faithmap import conformance, registry
 from faithmap.conformance import CheckError, CheckSkipped
 from faithmap.errors import RequestError
 from faithmap.models import Model
+from faithmap.plugin import Plugin
 
 FEW = ["check_facts", "check_maps", "check_hooks"]
 
@@ -35,7 +36,7 @@ pytestmark = pytest.mark.usefixtures("own_plugins")
 
 
 @pytest.fixture
-def leaky(tmp_path: Path) -> registry.Plugin:
+def leaky(tmp_path: Path) -> Plugin:
     file = tmp_path / "leaky.py"
     file.write_text(PLUGIN)
     return registry.load_file(file)[0]
@@ -60,7 +61,7 @@ def test_by_default_on_a_cnn_and_a_transformer_of_the_zoo() -> None:
     assert [(r.model, r.status) for r in results] == [("shapes/resnet", "passed"), ("shapes/vit", "passed")]
 
 
-def test_plugins_are_named_handed_over_or_decorated(leaky: registry.Plugin) -> None:
+def test_plugins_are_named_handed_over_or_decorated(leaky: Plugin) -> None:
     for target in ("leaky", leaky, leaky.target):
         (failed,) = conformance.failures(conformance.check_explainer(target, {"tiny": make_cnn}, only=FEW))
         assert (failed.kind, failed.plugin, failed.check, failed.model) == (
@@ -80,7 +81,7 @@ def test_parameters_can_be_given() -> None:
         conformance.check_explainer("occlusion", params={"windw": 1})
 
 
-def test_the_models_given_are_left_alone(leaky: registry.Plugin) -> None:
+def test_the_models_given_are_left_alone(leaky: Plugin) -> None:
     model = make_cnn()
     conformance.check_explainer(leaky, [model], slow=False)
     assert not any(module._forward_hooks for module in model.modules())
@@ -95,7 +96,7 @@ def test_the_process_is_left_alone() -> None:
 
 
 class TestExpectedFailures:
-    def test_they_are_told_apart(self, leaky: registry.Plugin) -> None:
+    def test_they_are_told_apart(self, leaky: Plugin) -> None:
         expected = {"check_hooks": "needs its hook"}
         results = conformance.check_explainer(leaky, {"tiny": make_cnn}, expected, only=FEW)
         assert [r.status for r in results] == ["passed", "passed", "expected failure"]
@@ -109,7 +110,7 @@ class TestExpectedFailures:
         assert failed.status == "unexpectedly passed"
         assert "drop the expectation" in failed.message
 
-    def test_they_can_hold_for_one_model(self, leaky: registry.Plugin) -> None:
+    def test_they_can_hold_for_one_model(self, leaky: Plugin) -> None:
         models = {"one": make_cnn, "two": make_cnn}
         results = conformance.check_explainer(
             leaky, models, {"check_hooks[two]": "why not"}, only=["check_hooks"]
@@ -166,7 +167,7 @@ class TestCases:
         assert "check_memory" not in {case.name for case in made}
         assert made[0].run() == ""
 
-    def test_they_raise_what_was_found(self, leaky: registry.Plugin) -> None:
+    def test_they_raise_what_was_found(self, leaky: Plugin) -> None:
         (case,) = conformance.cases("explainer", leaky, {"tiny": make_cnn}, only=["check_hooks"])
         with pytest.raises(CheckError, match="Remove each handle"):
             case.run()

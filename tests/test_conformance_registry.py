@@ -12,7 +12,7 @@ from conftest import make_cnn, make_vit
 from faithmap import conformance, registry
 from faithmap.conformance import Case
 from faithmap.explaining import EVERYTHING, undefined
-from faithmap.registry import Plugin
+from faithmap.plugin import Plugin
 
 MODELS = {"tiny-cnn": make_cnn, "tiny-vit": make_vit}
 

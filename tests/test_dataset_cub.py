@@ -19,6 +19,7 @@ from copies import (
     assert_passes_the_kit,
     boxes_of,
     by_id,
+    cut_off_behind_unpacking,
     inside,
     listed,
     mask_of,
@@ -338,18 +339,10 @@ class TestDownload:
         self, archives: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """A download of the masks alone that is cut off leaves no folder of them, and is made up for."""
-        from torchvision.datasets import utils
-
         before = listed(NAME, root=archives).revision
         (archives / "segmentations").rename(tmp_path / "lost")
-        unpack = utils.extract_archive
-
-        def cut_off(*args: Any, **options: Any) -> str:
-            unpack(*args, **options)
-            raise KeyboardInterrupt
-
         with monkeypatch.context() as patched:
-            patched.setattr(utils, "extract_archive", cut_off)
+            cut_off_behind_unpacking(patched)
             with pytest.raises(KeyboardInterrupt):
                 listed(NAME, root=archives, download=True)
         assert not (archives / "segmentations").exists()

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from copies import assert_passes_the_kit, by_id, listed, packed, paint, served
+from copies import assert_passes_the_kit, by_id, cut_off_behind_unpacking, listed, packed, paint, served
 
 from faithmap import fitting
 from faithmap.errors import RequestError
@@ -94,23 +94,17 @@ def test_what_was_not_unpacked_to_its_end_is_refused(root: Path, monkeypatch: py
 def test_an_interrupted_download_begins_beside_and_goes_on(
     root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from torchvision.datasets import Imagenette, utils
+    from torchvision.datasets import Imagenette
 
     monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
     archive = tmp_path / "served" / "imagenette2-320.tgz"
     archive.parent.mkdir()
     md5 = packed(archive, root, "imagenette2-320")
-    unpack = utils.extract_archive
-
-    def cut_off(*args: Any, **options: Any) -> str:
-        unpack(*args, **options)
-        raise KeyboardInterrupt
-
     new = tmp_path / "new"
     with served(archive.parent) as address:
         monkeypatch.setitem(Imagenette._ARCHIVES, "320px", (f"{address}/{archive.name}", md5))
         with monkeypatch.context() as patched:
-            patched.setattr(utils, "extract_archive", cut_off)
+            cut_off_behind_unpacking(patched)
             with pytest.raises(KeyboardInterrupt):
                 listed(NAME, root=new, download=True)
         assert not (new / "imagenette2-320").exists()

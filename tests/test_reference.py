@@ -12,7 +12,7 @@ from faithmap.costs import Passes, ask, counted
 from faithmap.errors import RequestError
 from faithmap.fitting import wants_fit
 from faithmap.models import Model
-from faithmap.registry import Plugin
+from faithmap.plugin import FITTED, Plugin
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "explainers.md"
 COMMAND = "run `python -m faithmap.reference docs/explainers.md` (with `--count` for a few of them)"
@@ -121,7 +121,7 @@ class TestThePage:
 @pytest.mark.parametrize("plugin", built_in(), ids=lambda plugin: plugin.name)
 def test_every_parameter_is_explained(plugin: Plugin) -> None:
     known = reference.read_docstring(plugin.documentation)
-    assert set(plugin.parameters) - {registry.FITTED} <= set(known.arguments)
+    assert set(plugin.parameters) - {FITTED} <= set(known.arguments)
     assert set(known.arguments) <= {*plugin.parameters, "model", "batch"}
 
 

@@ -14,8 +14,9 @@ from torch import Tensor
 from faithmap.batch import Batch, Scored
 from faithmap.explaining import MapSet, bind, explain_batch, judge
 from faithmap.models import Model
+from faithmap.plugin import Plugin
 from faithmap.records import Facts, Spec
-from faithmap.registry import Plugin, get
+from faithmap.registry import get
 from faithmap.resize import reduce_to_grid, upsample
 from faithmap.scoring import Heading, MetricUse, project, rows_of, score_maps, skip_rows, use_metric
 

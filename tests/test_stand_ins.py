@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import PIL.Image
 import pytest
 import stand_ins
-from official import build
+from copies import boxes_of, by_id, listed, mask_of
 from stand_ins import STAND_INS, Scene
 
 from faithmap.records import Sample
@@ -21,23 +20,23 @@ ONE, TWO = stand_ins.scenes(), stand_ins.scenes(2)
 
 
 @pytest.fixture
-def samples(request: pytest.FixtureRequest, tmp_path: Path) -> dict[str, Sample]:
+def samples(request: pytest.FixtureRequest, tmp_path: Path) -> Mapping[str, Sample]:
     """The samples of a stand-in, by id."""
     if request.param == "huggingface":
         pytest.importorskip("datasets")
     STAND_INS[request.param](tmp_path)
-    params = {"root": tmp_path, **tomllib.loads(stand_ins.ASKED.get(request.param, ""))}
-    return {sample.id: sample for sample in build(request.param, **params)}
+    return by_id(
+        listed(request.param, root=tmp_path, **tomllib.loads(stand_ins.ASKED.get(request.param, "")))
+    )
 
 
 def boxes(sample: Sample) -> list[tuple[float, ...]]:
-    assert callable(sample.boxes)
-    return sorted(tuple(box) for box in sample.boxes().tolist())
+    return sorted(tuple(box) for box in boxes_of(sample))
 
 
-def pixels(sample: Sample, what: str) -> np.ndarray:
-    read: Any = getattr(sample, what)
-    found: np.ndarray = read().numpy()
+def void_of(sample: Sample) -> np.ndarray:
+    assert callable(sample.void)
+    found: np.ndarray = sample.void().numpy()
     return found
 
 
@@ -55,7 +54,7 @@ def by_class(scene: Scene) -> Iterator[tuple[int, list[np.ndarray]]]:
 
 
 @pytest.mark.parametrize("samples", ["imagenet"], indirect=True)
-def test_imagenet(samples: dict[str, Sample]) -> None:
+def test_imagenet(samples: Mapping[str, Sample]) -> None:
     assert len(samples) == len(TWO)
     assert {len(boxes(sample)) for sample in samples.values()} == {1, 2}
     for number, scene in enumerate(TWO, 1):
@@ -65,7 +64,7 @@ def test_imagenet(samples: dict[str, Sample]) -> None:
 
 
 @pytest.mark.parametrize("samples", ["tiny-imagenet"], indirect=True)
-def test_tiny_imagenet(samples: dict[str, Sample]) -> None:
+def test_tiny_imagenet(samples: Mapping[str, Sample]) -> None:
     scenes = stand_ins.scenes(1, [(64, 64)])
     assert len(samples) == len(scenes)
     for number, scene in enumerate(scenes):
@@ -73,44 +72,44 @@ def test_tiny_imagenet(samples: dict[str, Sample]) -> None:
 
 
 @pytest.mark.parametrize("samples", ["voc2012"], indirect=True)
-def test_voc2012(samples: dict[str, Sample]) -> None:
+def test_voc2012(samples: Mapping[str, Sample]) -> None:
     """Every class of an image is a sample, with the boxes and pixels of its objects, less the void."""
     seen = 0
     for number, scene in enumerate(TWO, 1):
         for kind, masks in by_class(scene):
             sample = samples[f"2012_{number:06d}/{stand_ins.VOC[kind]}"]
             assert boxes(sample) == sorted(edges(mask) for mask in masks)
-            void = pixels(sample, "void")
+            void = void_of(sample)
             rims = [stand_ins.rim(mask, 2, 3) for _, mask in scene.things]
             assert np.array_equal(void, np.logical_or.reduce(rims))
-            assert np.array_equal(pixels(sample, "mask"), np.logical_or.reduce(masks) & ~void)
+            assert np.array_equal(mask_of(sample).numpy(), np.logical_or.reduce(masks) & ~void)
             seen += 1
     assert seen == len(samples)
 
 
 @pytest.mark.parametrize("samples", ["cub-200-2011"], indirect=True)
-def test_cub(samples: dict[str, Sample]) -> None:
+def test_cub(samples: Mapping[str, Sample]) -> None:
     """Three of five votes are a majority, two are not."""
     assert len(samples) == len(ONE)
     for sample in samples.values():
         scene = ONE[int(sample.id.split("_")[-2]) - 1]
         assert boxes(sample) == [edges(scene.things[0][1])]
-        assert np.array_equal(pixels(sample, "mask"), scene.things[0][1])
+        assert np.array_equal(mask_of(sample).numpy(), scene.things[0][1])
 
 
 @pytest.mark.parametrize("samples", ["oxford-iiit-pet"], indirect=True)
-def test_pets(samples: dict[str, Sample]) -> None:
+def test_pets(samples: Mapping[str, Sample]) -> None:
     """What lies within six steps of the outline is void, the rest of the pet is its mask."""
     assert len(samples) == len(ONE)
     for sample in samples.values():
         mask = ONE[int(Path(sample.id).stem.split("_")[-1]) - 1].things[0][1]
-        void = pixels(sample, "void")
+        void = void_of(sample)
         assert np.array_equal(void, stand_ins.rim(mask, 6, 6))
-        assert np.array_equal(pixels(sample, "mask"), mask & ~void)
+        assert np.array_equal(mask_of(sample).numpy(), mask & ~void)
 
 
 @pytest.mark.parametrize("samples", ["huggingface"], indirect=True)
-def test_huggingface(samples: dict[str, Sample]) -> None:
+def test_huggingface(samples: Mapping[str, Sample]) -> None:
     """Images, labels, boxes and masks of each row; words are numbered in their sorted order."""
     words = sorted(stand_ins.OUTLINES)
     assert len(samples) == len(ONE)
@@ -118,7 +117,7 @@ def test_huggingface(samples: dict[str, Sample]) -> None:
         (kind, mask), sample = scene.things[0], samples[f"test/{number:06d}"]
         assert sample.label == words.index(stand_ins.OUTLINES[kind])
         assert boxes(sample) == [edges(mask)]
-        assert np.array_equal(pixels(sample, "mask"), mask)
+        assert np.array_equal(mask_of(sample).numpy(), mask)
 
 
 @pytest.mark.parametrize(
@@ -130,7 +129,7 @@ def test_huggingface(samples: dict[str, Sample]) -> None:
     ],
     indirect=["samples"],
 )
-def test_without_boxes(samples: dict[str, Sample], place: str, labels: list[int]) -> None:
+def test_without_boxes(samples: Mapping[str, Sample], place: str, labels: list[int]) -> None:
     """Each image comes with its label, and up to the JPEG's noise it is the one that was drawn."""
     assert len(samples) == len(ONE)
     for nought, scene in enumerate(ONE):

@@ -20,6 +20,7 @@ from faithmap.batch import Batch
 from faithmap.context import Context
 from faithmap.cuts import cut_at
 from faithmap.models import Model
+from faithmap.plugin import FITTED
 from faithmap.records import canonical_json
 from faithmap.stream_bounds import StreamReport, belief_divergence, stream_report
 from faithmap.streams import Gates
@@ -303,7 +304,7 @@ class TestReference:
             **QUICK,
         }  # fmt: skip
         full = registry.get("explainer", "infocam").check(params)
-        full.pop(registry.FITTED)  # how a fit is named is no part of the seeds
+        full.pop(FITTED)  # how a fit is named is no part of the seeds
         seeded = batch.with_seed_key(canonical_json(["infocam", full]))
         for picture in ("A", "A_plus"):
             full["map"] = params["map"] = picture

@@ -18,7 +18,8 @@ import torch
 from fits import TOY, KillAt, KilledError, asked, typed
 from rich.console import Console
 
-from faithmap import commands, fitting, training
+from faithmap import commands, fitting, registry, training
+from faithmap.config import parse_spec
 from faithmap.errors import DataError, FaithmapError, RequestError
 from faithmap.models import Model, load_model
 from faithmap.records import Sample
@@ -68,6 +69,21 @@ def test_a_damaged_checkpoint_is_named(model: Model, tmp_path: Path) -> None:
     with pytest.raises(FaithmapError, match=r"checkpoint .* is damaged .*--fresh"):
         training.train(asked(model), out=tmp_path)
     training.train(asked(model), out=tmp_path, fresh=True)
+
+
+@pytest.mark.parametrize("explainer", ["scan", "infocam[statistics=fitted]"])
+def test_a_checkpoint_that_does_not_fit_is_named(
+    model: Model, tmp_path: Path, home: Path, explainer: str
+) -> None:
+    """Whichever method goes on from it: what it holds is of another network, or of an older version."""
+    spec = parse_spec(explainer)
+    plugin = registry.get("explainer", spec.name)
+    params, options = plugin.check(spec.params), training.fit_options(plugin, {})
+    request = replace(asked(model), plugin=plugin, params=params, options=options)
+    checkpoint = (tmp_path / request.file_name).with_suffix(".checkpoint")
+    torch.save({"curve": [], "seconds": 1.0, "state": {"step": 1, "done": 1}}, checkpoint)
+    with pytest.raises(FaithmapError, match=r"checkpoint .* is damaged \(KeyError\); .* --fresh"):
+        training.train(request, out=tmp_path)
 
 
 SLOW_FIT = """

@@ -23,7 +23,7 @@ from faithmap.context import Context
 from faithmap.errors import FaithmapError, RequestError
 from faithmap.explaining import HOOK_KINDS, describe
 from faithmap.models import PASSING, Model, load_model
-from faithmap.registry import Plugin
+from faithmap.plugin import Plugin
 
 #: A model of the kit: its name on reports, and what makes it.
 ModelSource = str | Model | Callable[[], Model]

@@ -16,8 +16,8 @@ from faithmap.config import PLACE_KEYS
 from faithmap.errors import DataError, RequestError
 from faithmap.explaining import describe
 from faithmap.models import Transform
+from faithmap.plugin import Plugin
 from faithmap.records import Sample
-from faithmap.registry import Plugin
 from faithmap.transforms import Prepared, picture_size, prepare
 
 #: Samples that are loaded.

@@ -17,7 +17,7 @@ from faithmap.errors import FaithmapError
 from faithmap.fitting import wants_fit
 from faithmap.models import Model
 from faithmap.parameters import keyword_only
-from faithmap.registry import FITTED, Plugin
+from faithmap.plugin import FITTED, Plugin
 from faithmap.training import Session, Silent, TrainingData, fit_options
 
 #: How far a fit that went on after a kill may be from one that was not disturbed.

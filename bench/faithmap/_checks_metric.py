@@ -25,8 +25,8 @@ from faithmap.batch import Batch, Scored
 from faithmap.columns import is_cost
 from faithmap.explaining import HANDED
 from faithmap.models import Model
+from faithmap.plugin import Plugin
 from faithmap.records import Direction
-from faithmap.registry import Plugin
 
 #: Largest difference between values that should be equal, as a share of the value (or of 1).
 TOLERANCE = 1e-4

@@ -35,8 +35,8 @@ from faithmap.errors import RequestError
 from faithmap.explaining import EVERYTHING, bind, undefined, why_undefined
 from faithmap.fitting import Fit, wants_fit
 from faithmap.models import Model, Transform
+from faithmap.plugin import Plugin
 from faithmap.records import Sample
-from faithmap.registry import Plugin
 from faithmap.training import TrainingData, fit_in_memory
 
 IMAGES = 3

@@ -164,8 +164,9 @@ def gather_statistics(
         raise RequestError(f"batch_size is {batch_size}; expected 1 or more")
     gathering, done = _Gathering(model, layer), 0
     if (state := session.resume()) is not None:
-        gathering.restore(state)
-        done = int(state["done"])
+        with session.restoring():
+            gathering.restore(state)
+            done = int(state["done"])
     steps = data.steps(batch_size)
     for images, _ in data.batches(batch_size, 0, shuffle=False, start=done):
         done += 1

@@ -17,8 +17,8 @@ from faithmap.conformance import Case, Result, Status, cases, check_names, failu
 from faithmap.errors import RequestError, nearest
 from faithmap.listing import load_plugins
 from faithmap.models import load_model
+from faithmap.plugin import Plugin
 from faithmap.records import Kind
-from faithmap.registry import Plugin
 
 ALL = "all"
 STYLES: dict[Status, str] = {

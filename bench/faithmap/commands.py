@@ -289,7 +289,7 @@ def train(
     from faithmap.fitting import counts, spec_text, told_images
     from faithmap.learning_record import told_counts
 
-    started, begun = time.monotonic(), time.time()
+    started = time.monotonic()
     made = fits.train(asked, progress.watcher(errors), out=out, half=half, fresh=fresh)
     record = made.record
     taken = progress.clock(time.monotonic() - started)
@@ -302,7 +302,7 @@ def train(
     said += told_counts(record, counts(asked.plugin)) + _unreadable(data)
     params = {**asked.params, "fitted": str(made.path)} if out else asked.params
     spec = shlex.quote(spec_text(asked.plugin, params))
-    said += [_where(made, begun), f"fit {made.key}: `faithmap run --explainers {spec}` takes it"]
+    said += [_where(made), f"fit {made.key}: `faithmap run --explainers {spec}` takes it"]
     for line in said:
         console.print(line, markup=False, highlight=False, soft_wrap=True)
     return 0
@@ -319,17 +319,16 @@ def _unreadable(*parts: Mapping[str, Any]) -> list[str]:
     return [f"{counted} left out: {shown}"] if number else []
 
 
-def _where(made: Fit, started: float) -> str:
+def _where(made: Fit) -> str:
     """Where the outcome lies: written just now, or found as it was asked for."""
-    there = made.path is not None and made.path.stat().st_mtime < started
-    return f"{made.path} was there already" if there else f"wrote {made.path}"
+    return f"wrote {made.path}" if made.written else f"{made.path} was there already"
 
 
 def finetune(asked: Finetuning, console: Console, errors: Console, *, fresh: bool) -> int:
     """Fine-tune, and say how well it went, where the model lies and how it is used."""
     from faithmap import finetuning, progress, tuned
 
-    started, begun = time.monotonic(), time.time()
+    started = time.monotonic()
     made = finetuning.finetune(asked, progress.watcher(errors), fresh=fresh)
     record, test = made.record, made.record["test"]
     data, options = record["data"], record["options"]
@@ -351,7 +350,7 @@ def finetune(asked: Finetuning, console: Console, errors: Console, *, fresh: boo
         )
     others = [file for file in tuned.known().get(asked.name, ()) if file != made.path]
     name = f"{tuned.SOURCE}/{asked.file.stem if others else asked.name}"
-    said += [_where(made, begun), f"`faithmap run --models {shlex.quote(name)}` takes it"]
+    said += [_where(made), f"`faithmap run --models {shlex.quote(name)}` takes it"]
     for line in said:
         console.print(line, markup=False, highlight=False, soft_wrap=True)
     return 0

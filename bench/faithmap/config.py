@@ -14,7 +14,7 @@ from typing import Any, Literal, TypeVar, get_args
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_serializer, field_validator
 
 from faithmap.errors import RequestError, nearest
-from faithmap.records import Spec, canonical_json
+from faithmap.records import OF_THE_LINE, Spec, canonical_json
 
 Part = Literal["eval", "dev", "all"]
 Precision = Literal["fp32", "bf16"]
@@ -303,7 +303,7 @@ def _specs(entries: Any, key: str, where: str, base: Path | None) -> tuple[Spec,
             entry = {"name": entry}
         if not isinstance(entry, Mapping) or not isinstance(entry.get("name"), str):
             raise RequestError(f'{where}: a [[{key}]] table has no name; write name = "..." in it')
-        rest = {k: v for k, v in entry.items() if k not in ("name", "label")}
+        rest = {k: v for k, v in entry.items() if k not in OF_THE_LINE}
         specs.append(Spec(entry["name"], rest, str(entry.get("label", "")), base))
     return unique(tuple(specs), key)
 

@@ -32,8 +32,8 @@ from faithmap._checks import DEFAULT_MODELS, CheckError, CheckSkipped, ModelSour
 from faithmap._trial import Trial
 from faithmap.errors import RequestError, nearest
 from faithmap.explaining import describe, reconstructs
+from faithmap.plugin import Plugin
 from faithmap.records import Kind
-from faithmap.registry import Plugin
 
 if TYPE_CHECKING:
     import pytest

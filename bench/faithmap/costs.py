@@ -9,7 +9,7 @@ from typing import Any
 from faithmap.batch import Batch
 from faithmap.explaining import EVERYTHING, bind, describe, guarded, why_undefined
 from faithmap.models import Model
-from faithmap.registry import Plugin
+from faithmap.plugin import Plugin
 
 
 @dataclass(frozen=True)

@@ -16,8 +16,9 @@ from faithmap.context import Context
 from faithmap.errors import DataError, RequestError
 from faithmap.models import Model
 from faithmap.pictures import Picture, file_size
+from faithmap.plugin import Plugin
 from faithmap.records import Sample, Spec, digest
-from faithmap.registry import Plugin, get
+from faithmap.registry import get
 from faithmap.transforms import Prepared, prepare
 
 DEV_SHARE = 0.25

@@ -17,8 +17,8 @@ from faithmap.errors import FaithmapError, PluginError, RequestError
 from faithmap.fitting import Fit
 from faithmap.models import Model
 from faithmap.parameters import keyword_only
+from faithmap.plugin import FITTED, REDUCED, Plugin
 from faithmap.records import Status, canonical_json
-from faithmap.registry import FITTED, REDUCED, Plugin
 from faithmap.resize import reduce_to_grid
 
 #: Needs of a metric that the core meets, whatever the dataset gives.

@@ -221,7 +221,7 @@ def _make(request: Finetuning, watcher: Watcher, fresh: bool, every: float) -> F
                 source = keep(model, head, request.samples, session, shelf, request.workers)
             else:
                 source = TrainingData(request.samples, model, request.seed, request.workers)
-            session.unreadable = source.unreadable
+                session.unreadable = source.unreadable
             _learn(request, model, head, source, session)
     except (FaithmapError, torch.cuda.OutOfMemoryError):
         raise
@@ -261,12 +261,10 @@ def _learn(
     state = session.resume()
     done = 0
     if state is not None:
-        try:
+        with session.restoring():
             done = int(state["step"])
             learning.load_state_dict(state["learning"])
             optimizer.load_state_dict(state["optimizer"])
-        except Exception as error:
-            raise session.damaged(error) from error
     if scheduler is not None and done:
         scheduler.step_update(done)
     weights = _class_weights(request).to(model.device) if options["balanced"] else None

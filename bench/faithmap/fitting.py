@@ -32,14 +32,14 @@ import os
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from faithmap.config import write_spec
 from faithmap.errors import FaithmapError, RequestError
+from faithmap.plugin import AUTO, FITTED, REDUCED, Plugin
 from faithmap.records import digest
-from faithmap.registry import AUTO, FITTED, REDUCED, Plugin
 from faithmap.store import write_bytes
 
 if TYPE_CHECKING:
@@ -65,6 +65,8 @@ class Fit:
     #: Where it lies; None for one that is held in memory.
     path: Path | None = None
     held: Mapping[str, Tensor] = field(default_factory=dict, repr=False)
+    #: Whether its file was written just now; False for one that was there.
+    written: bool = field(default=False, compare=False)
 
     @property
     def key(self) -> str:
@@ -325,7 +327,7 @@ def write(file: Path, tensors: Mapping[str, Tensor], record: Mapping[str, Any], 
         kept |= {name: tensor for name, tensor in halves.items() if bool(torch.isfinite(tensor).all())}
     entry = {RECORD: json.dumps({**record, "half": half}, ensure_ascii=False)}
     write_bytes(file, save(kept, metadata=entry))
-    return read(file)
+    return replace(read(file), written=True)
 
 
 def read(file: Path) -> Fit:

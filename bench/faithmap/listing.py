@@ -16,6 +16,7 @@ from rich.table import Table
 from faithmap import registry
 from faithmap.config import preset, preset_names, preset_text
 from faithmap.errors import RequestError, nearest
+from faithmap.plugin import Plugin
 from faithmap.records import FAMILIES, Kind
 from faithmap.report._format import count
 
@@ -48,7 +49,7 @@ def entries(kind: str) -> list[dict[str, Any]]:
     return [_plugin(plugin) for plugin in registry.plugins(single)]
 
 
-def _plugin(plugin: registry.Plugin) -> dict[str, Any]:
+def _plugin(plugin: Plugin) -> dict[str, Any]:
     facts = plugin.facts
     entry: dict[str, Any] = {
         "name": plugin.name,
@@ -77,7 +78,7 @@ def _plugin(plugin: registry.Plugin) -> dict[str, Any]:
     return entry
 
 
-def _fit(plugin: registry.Plugin) -> dict[str, Any]:
+def _fit(plugin: Plugin) -> dict[str, Any]:
     """An explainer that is fitted first, with the options of `faithmap train --set` for parameters."""
     return {
         "name": plugin.name,

@@ -18,7 +18,7 @@ from faithmap.records import Sample, SampleList, digest
 #: Set by `--offline`, and by whoever wants no traffic at all.
 OFFLINE_VARIABLE = "HF_HUB_OFFLINE"
 #: How archives end. They are not fetched twice; what was unpacked of them is.
-ARCHIVES = (".tar", ".tgz", ".gz", ".zip")
+ENDINGS = (".tar", ".tgz", ".gz", ".zip")
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +97,7 @@ class Home:
                 "off leaves it; delete it and run again"
             )
         try:
-            with _kept_inside():
+            with kept_inside():
                 _unpacked_elsewhere(base, self.name, download)
         except Exception as error:
             said = str(error).strip().splitlines() or [type(error).__name__]
@@ -107,7 +107,7 @@ class Home:
 
 
 @contextmanager
-def _kept_inside() -> Iterator[None]:
+def kept_inside() -> Iterator[None]:
     """Let no archive write outside the folder that it is unpacked in.
 
     torchvision unpacks without a filter, and before Python 3.14 that lets members lead anywhere.
@@ -129,7 +129,7 @@ def _unpacked_elsewhere(base: Path, name: str, download: Callable[[Path], None])
     scratch = base / f".{name}.unfinished"
     for folder, _, files in os.walk(scratch, topdown=False):
         for file in files:
-            if not file.endswith(ARCHIVES):
+            if not file.endswith(ENDINGS):
                 Path(folder, file).unlink()
         with suppress(OSError):  # an archive is in it
             Path(folder).rmdir()
@@ -142,15 +142,10 @@ def _unpacked_elsewhere(base: Path, name: str, download: Callable[[Path], None])
 
 
 def base_of(root: str | Path | None) -> Path:
-    """The folder that is meant: `root`, or where downloads lie for which none was named."""
-    return Path(root).expanduser() if root is not None else kept()
-
-
-def kept() -> Path:
-    """Where datasets lie that were downloaded without a folder to put them."""
+    """The folder that is meant: `root`, or where datasets lie that were downloaded without one."""
     from faithmap.fitting import home
 
-    return home() / "data"
+    return Path(root).expanduser() if root is not None else home() / "data"
 
 
 def download_archives(base: Path, archives: Iterable[tuple[str, str, str]]) -> None:

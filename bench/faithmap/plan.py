@@ -19,8 +19,9 @@ from faithmap.explaining import bind, lacking, undefined
 from faithmap.fitting import Fit, advice, find, wants_fit
 from faithmap.models import Model, load_model
 from faithmap.perturb import make_fill
+from faithmap.plugin import AUTO, FITTED, Plugin
 from faithmap.records import REFERENCE_NULL, Cell, Sample, Spec, canonical_json, digest
-from faithmap.registry import AUTO, FITTED, Plugin, default_metrics, get
+from faithmap.registry import default_metrics, get
 from faithmap.requested_fits import Recipe, made, read_recipes
 from faithmap.scoring import Heading, MetricUse, use_metric
 from faithmap.training import Training

@@ -19,6 +19,7 @@ from faithmap.data import LoadedDataset, traces
 from faithmap.fitting import Fit
 from faithmap.models import Model
 from faithmap.plan import ExplainerUse, Grid
+from faithmap.records import OF_THE_LINE
 from faithmap.scoring import MetricUse
 
 LIBRARIES = (
@@ -250,5 +251,5 @@ def _params(entries: list[dict[str, Any]], label: str) -> dict[str, Any]:
     """The parameters as they were typed, with relative paths left relative."""
     for entry in entries:
         if entry.get("label", entry["name"]) == label:
-            return {key: value for key, value in entry.items() if key not in ("name", "label")}
+            return {key: value for key, value in entry.items() if key not in OF_THE_LINE}
     return {}

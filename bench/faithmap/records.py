@@ -45,6 +45,10 @@ def digest(*parts: Any, length: int = 16) -> str:
     return hashlib.sha256(canonical_json(parts).encode()).hexdigest()[:length]
 
 
+#: What a line of a request says of itself: these keys never reach a plugin.
+OF_THE_LINE = ("name", "label")
+
+
 @dataclass(frozen=True, slots=True)
 class Spec:
     """A plugin's (or model's) name, the parameters given to it, and its label on a board."""

@@ -21,14 +21,14 @@ from faithmap import registry
 from faithmap.errors import RequestError
 from faithmap.fitting import wants_fit
 from faithmap.listing import MODELS, brief
+from faithmap.plugin import FITTED
 from faithmap.records import Spec
-from faithmap.registry import FITTED
 
 if TYPE_CHECKING:
     from faithmap.batch import Batch
     from faithmap.costs import Passes
     from faithmap.models import Model
-    from faithmap.registry import Plugin
+    from faithmap.plugin import Plugin
 
 #: Embedded models whose reasons are quoted where a method looks at the model and is not defined for it.
 ASKED = (*MODELS, "shapes/convnext")

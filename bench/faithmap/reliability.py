@@ -18,8 +18,8 @@ from faithmap.engine import Observer
 from faithmap.explaining import EVERYTHING, undefined
 from faithmap.models import Model, load_model
 from faithmap.plan import Grid
+from faithmap.plugin import Plugin
 from faithmap.records import digest
-from faithmap.registry import Plugin
 
 #: Raised when a change of the checks should have plugins checked anew.
 KIT = 3

@@ -23,8 +23,9 @@ from faithmap.data import LoadedDataset, choose, load_dataset
 from faithmap.errors import FaithmapError, RequestError, nearest
 from faithmap.fitting import Fit
 from faithmap.models import Model
-from faithmap.records import Sample, Spec
-from faithmap.registry import Plugin, get, plugins
+from faithmap.plugin import Plugin
+from faithmap.records import OF_THE_LINE, Sample, Spec
+from faithmap.registry import get, plugins
 from faithmap.training import Training, Watcher, fit_options, train
 
 #: Settings of a fit that are no options of the explainer's own.
@@ -133,7 +134,7 @@ def _dataset(source: Any, spec: Spec) -> Spec:
         named = parse_spec(source)
         return Spec(named.name, named.params, base=spec.base)
     if isinstance(source, Mapping) and isinstance(source.get("name"), str):
-        rest = {key: value for key, value in source.items() if key not in ("name", "label")}
+        rest = {key: value for key, value in source.items() if key not in OF_THE_LINE}
         return Spec(source["name"], rest, str(source.get("label", "")), spec.base)
     raise RequestError(
         f"[[fits]] for '{spec.name}': dataset is {source!r}; name the images to learn from, such as "

@@ -15,8 +15,9 @@ from faithmap.columns import variant_title
 from faithmap.errors import PluginError, RequestError
 from faithmap.explaining import MapSet, describe, guarded
 from faithmap.models import Model
+from faithmap.plugin import Plugin
 from faithmap.records import Direction, Facts, Row, Sample, Spec, Status, canonical_json
-from faithmap.registry import Plugin, get
+from faithmap.registry import get
 from faithmap.resize import reduce_to_grid, upsample
 
 

@@ -26,8 +26,8 @@ from faithmap.fitting import Fit
 from faithmap.learning_record import circumstances, counted, curve_csv, data_entry, device_name
 from faithmap.models import Model
 from faithmap.parameters import annotated_types, check_type, with_defaults
+from faithmap.plugin import Plugin
 from faithmap.records import Sample, digest
-from faithmap.registry import Plugin
 from faithmap.store import write_bytes
 from faithmap.training_images import Images, Seen, collate, epoch_order
 
@@ -155,7 +155,7 @@ class Session:
         """
         if self.file is None or not self.file.is_file():
             return None
-        try:
+        with self.restoring():
             held = torch.load(self.file, map_location="cpu", weights_only=True)
             self.curve, self.seconds = list(held["curve"]), float(held["seconds"])
             self.before = list(held.get("devices", ()))
@@ -163,17 +163,23 @@ class Session:
             if self.seen is not None:
                 self.seen.restore(held.get("seen"))
             self.unreadable.update(held.get("unreadable", {}))
-        except Exception as error:
-            raise self.damaged(error) from error
         self._started = time.monotonic()
         return state
 
-    def damaged(self, error: Exception) -> FaithmapError:
-        """What to say of a checkpoint that cannot be read, or does not fit what goes on from it."""
-        return FaithmapError(
-            f"the checkpoint {self.file} is damaged ({type(error).__name__}); delete it, or run again with "
-            "--fresh"
-        )
+    @contextmanager
+    def restoring(self) -> Iterator[None]:
+        """Take up what a checkpoint holds; what goes wrong in this is said of the checkpoint.
+
+        Raises:
+            FaithmapError: it cannot be read, or does not fit what is to go on from it.
+        """
+        try:
+            yield
+        except Exception as error:
+            raise FaithmapError(
+                f"the checkpoint {self.file} is damaged ({type(error).__name__}); delete it, or run again "
+                "with --fresh"
+            ) from error
 
     def checkpoint(self, make_state: Callable[[], dict[str, Any]]) -> None:
         """Offer the state after a step: it is asked for and written when the last one is a minute old.
