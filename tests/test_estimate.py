@@ -58,6 +58,14 @@ def test_the_dry_run_refuses_a_folder_that_the_run_would_refuse(
             estimate(load_config("small.toml"), "thesis", fresh=fresh)
 
 
+def test_the_dry_run_says_that_timings_are_not_in_its_figures(place: Path) -> None:
+    timed = call("small.toml", "--dry-run", "--metrics", "cost", place=place)
+    assert timed.stdout.startswith("cost times a few images of each cell"), timed.stderr
+    assert "images forwarded" in timed.stdout
+    scored = call("small.toml", "--dry-run", "--metrics", "drop", place=place)
+    assert "cost" not in scored.stdout
+
+
 def tasks_of(config: Config) -> list[Task]:
     grid = make_grid(config)
     ((dataset, _),) = grid.datasets

@@ -10,6 +10,9 @@ from typing import TextIO
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+#: Seconds from which on the pace so far tells how much time is left.
+TOO_EARLY = 2.0
+
 
 def _progress(console: Console, noun: str) -> Progress:
     """A bar that counts, with what is said of it and the time gone and left."""
@@ -66,7 +69,7 @@ class Bar:
             advance=1,
             description=f"{self._place} · {cell}",
             said=told_rate(images, seconds),
-            left=f"{clock(self._clock.left())} left",
+            left=self._clock.left(),
         )
 
     def end(self) -> None:
@@ -113,10 +116,8 @@ class Lines:
         if time.monotonic() - self._last < self._every and self._done < self._units:
             return
         self._last = time.monotonic()
-        self._say(
-            f"{self._done}/{self._units} {self._place}, {cell}: {told_rate(images, seconds)}, "
-            f"{clock(self._clock.left())} left"
-        )
+        told = f"{self._done}/{self._units} {self._place}, {cell}: {told_rate(images, seconds)}"
+        self._say(_listed(told, self._clock.left()))
 
     def end(self) -> None:
         """Nothing to take away."""
@@ -141,9 +142,7 @@ class FitBar:
     def step(self, step: int, values: Mapping[str, float]) -> None:
         """A step is done."""
         self._clock.tick()
-        self._progress.update(
-            self._task, completed=step, said=told_values(values), left=f"{clock(self._clock.left())} left"
-        )
+        self._progress.update(self._task, completed=step, said=told_values(values), left=self._clock.left())
 
     def end(self) -> None:
         """Take the bar away."""
@@ -172,8 +171,8 @@ class FitLines:
         if time.monotonic() - self._last < self._every and step < self._steps:
             return
         self._last = time.monotonic()
-        left = clock(self._clock.left())
-        print(f"{step}/{self._steps} {told_values(values)}, {left} left", file=self._stream, flush=True)
+        told = f"{step}/{self._steps} {told_values(values)}"
+        print(_listed(told, self._clock.left()), file=self._stream, flush=True)
 
     def end(self) -> None:
         """Nothing to take away."""
@@ -188,11 +187,20 @@ class _Clock:
         self._start = time.monotonic()
 
     def tick(self) -> None:
+        """A unit is done."""
         self._done += 1
 
-    def left(self) -> float:
+    def left(self) -> str:
+        """The time left in words; nothing while too little is done to tell."""
         elapsed = time.monotonic() - self._start
-        return elapsed / max(self._done, 1) * max(self._units - self._done, 0)
+        if elapsed < TOO_EARLY and self._done < self._units:
+            return ""
+        return f"{clock(elapsed / max(self._done, 1) * max(self._units - self._done, 0))} left"
+
+
+def _listed(*parts: str) -> str:
+    """Those that say something, in a line."""
+    return ", ".join(part for part in parts if part)
 
 
 def told_check(plugin: str, failed: int, seconds: float) -> str:
