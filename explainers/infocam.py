@@ -31,8 +31,8 @@ STATISTICS = ("zero", "image", "fitted")
 NOT_NEGATIVE = ("gamma", "min_active", "min_nats")
 
 
-def _undefined(model: Model) -> str | None:
-    """Why there is no layer at which the network can be cut."""
+def _undefined(model: Model, params: Mapping[str, Any]) -> str | None:
+    """Why there is no layer at which the network can be cut, or no such map of it."""
     from faithmap.cuts import cut_at
     from faithmap.errors import RequestError
 
@@ -42,6 +42,10 @@ def _undefined(model: Model) -> str | None:
         return str(error)
     if model.num_classes < 2:
         return "has one output only: there are no odds of one class against the others"
+    try:
+        _setting(model, params)
+    except RequestError as error:
+        return str(error)
     return None
 
 
@@ -96,10 +100,11 @@ class InfoCAM:
                             +  gamma * E[KL(pi || p(Y | z_n)), where that speaks for the class]
 
     with draws in pairs of opposite sign; pi is what passes of noise alone believe. The last term makes
-    evidence that is there twice pass twice. Without it, gamma = 0, elements with beta 10 are IBA
-    without smoothing: the cross-entropy is the same, and with start 5, 10 steps and equal draws so is the
-    map "density", in nats instead of bits. I_k, the KL averaged over a channel's cells, is its
-    information in nats.
+    evidence that is there twice pass twice. Without it, gamma = 0, elements with beta 10 and noise of the
+    image are IBA without smoothing: the cross-entropy is the same, and with start 5, 10 steps and equal
+    draws so is the map "density", in nats instead of bits, but for channels that are zero all over, which
+    stay shut here. (Of many images IBA takes noise for each position, this for each channel.) I_k, the KL
+    averaged over a channel's cells, is its information in nats.
 
     Modes. "channel": w_k = I_k where the channel's mean is above mu_k, else 0, divided by the sum;
     the map is ReLU(sum_k w_k A_k) ("A") or sum_k w_k (A_k - mu_k)^+ ("A_plus"). The condition leaves out
@@ -112,9 +117,9 @@ class InfoCAM:
     dKL / dlambda * beta / K = max(that, 0). "auto" is "channel" at the last maps of a CNN and "element"
     at layers before and for transformers, where channels hardly tell places apart.
 
-    Weights come from gates alone: no gradient of a score with respect to features is one, or enters
-    one. Gates are found through the frozen tail of the network, as an average over noise, or in the
-    mean-field mode by forward passes alone.
+    Weights come from gates alone: no gradient of a score with respect to the image's features is one. Gates
+    are found through the frozen tail of the network, by derivatives of the loss with respect to the gates,
+    at noisy features and as an average over noise; or in the mean-field mode by forward passes alone.
 
     The layer has to be a cut: every path to the logits passes it. Otherwise evidence goes round the
     gates and no noise stream can lose it. That is tried once for each model and layer, with equal
@@ -343,6 +348,7 @@ _DEFAULTS: dict[str, Any] = {
 def _settle(model: Model, cut: Cut, given: Mapping[str, Any]) -> _Settings:
     """The mode and the rest of the settings: channels at the last maps of a CNN, elements elsewhere."""
     from faithmap.cuts import cut_at
+    from faithmap.errors import RequestError
 
     mode = given["mode"]
     if mode == "auto":
@@ -351,6 +357,12 @@ def _settle(model: Model, cut: Cut, given: Mapping[str, Any]) -> _Settings:
     halves = cut.signed if given["halves"] is None else given["halves"]
     kind = "element" if mode == "element" else "half" if halves else "channel"
     picture = given["map"]
+    if kind == "half" and picture == "A":
+        raise RequestError(
+            f"infocam: layer '{cut.layer}' of model '{model.name}' has two gates a channel, above the "
+            'mean of noise and below, which map="A", a sum of features as they are, cannot show; give '
+            'map="A_plus", or halves=False'
+        )
     if picture == "auto":
         dense = "density" if cut.signed else "density_plus"
         picture = dense if kind == "element" else "A_plus"

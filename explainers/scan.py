@@ -138,6 +138,11 @@ class Scan:
         self.training_class, self.output = training_class, output
         self._decoder: Decoder | None = None
 
+    @staticmethod
+    def idle_options(options: Mapping[str, Any]) -> set[str]:
+        """A number of steps leaves that of epochs without effect."""
+        return {"epochs"} if options["steps"] else set()
+
     def as_default(self, model: Model) -> set[str]:
         """Which of `layer` and `width` say what their defaults stand for on a model."""
         from faithmap.decoders import default_width

@@ -55,12 +55,14 @@ def scorecam_plus_plus(
     softmax probability on the image times H_k, and L = ReLU(sum_k alpha_k H_k) at the size of the
     image, (B, H, W), not negative. No softmax over the channels.
 
-    Published: tanh, the sum of the gated maps. The paper calls alpha_k a change in confidence; its
-    code subtracts nothing, multiplies the normalised image, so that masks fade to the model's mean
-    colour, and ends with a stretch of the map to [0, 1]. The defaults are those of the code but for
-    this stretch: it takes off the floor that saturated gates leave under the map, which only scores
-    that add a map up see, and other class activation maps, whose codes stretch as well, are scored
-    without it. `baseline="zero"` is the change against a blank image, which can make weights negative.
+    Published: tanh, the sum of the gated maps. The released code has several gates: its notebook takes
+    tanh, the script that tests the method sigmoid(ReLU(A / 2)), which shuts nothing. The paper calls
+    alpha_k a change in confidence; the code subtracts nothing, multiplies the normalised image, so that
+    masks fade to the model's mean colour, and ends with a stretch of the map to [0, 1]. The defaults are
+    the paper's gate and else those of the code but for this stretch: it takes off the floor that saturated
+    gates leave under the map, which only scores that add a map up see, and other class activation maps,
+    whose codes stretch as well, are scored without it. `baseline="zero"` is the change against a blank
+    image, which can make weights negative.
 
     Where tanh saturates, above 2, beside the object as well, the map is bright all over, which scores
     of masked images reward: read them beside the area. Where features are signed (transformers) so is
@@ -75,8 +77,8 @@ def scorecam_plus_plus(
         model: the model.
         batch: images with targets.
         layer: dotted name of the layer; the model's target layer by default.
-        activation: "tanh"; of the authors' ablation "sigmoid-relu", that is sigmoid(ReLU(A)),
-            "sigmoid-relu-half", sigmoid(ReLU(A / 2)), "mish" and "swish"; further "relu", "identity",
+        activation: "tanh"; "sigmoid-relu-half", sigmoid(ReLU(A / 2)), of the authors' script; of their
+            ablation "sigmoid-relu", that is sigmoid(ReLU(A)), "mish" and "swish"; further "relu", "identity",
             and "min-max", which is Score-CAM's own, zero for constant channels.
         summed: "gated" sums the masks; "raw" the upsampled features, the paper's "normalisation only".
         baseline: "none", or "zero" to subtract the score of the image that a mask of zeros leaves.

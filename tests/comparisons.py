@@ -10,11 +10,14 @@ import pandas as pd
 import slow_rows
 from faithmap.comparing import Comparison, Section, chosen_figures, compare
 from faithmap.evidence import read_evidence
+from faithmap.records import canonical_json
 
 N = 40
 TABLE = "scan-2026:table2"
 PRINTED = ("scan", "layercam", "gradcam++", "xgradcam", "lime", "rise")
 PERTURBATION = {"fill": "black", "span": 0.9, "steps": 9}
+#: What makes a line of `scan` the method that was printed.
+SCAN = {"mask": "gradient", "output": "confidence"}
 DROP = {"mute": "soft", "score": "probability", "space": "pixel"}
 Values = Callable[[str, int], float | None]
 
@@ -42,7 +45,9 @@ def planted(
             found = mean + shared[image] + rows.rng.normal(0, noise) if value is None else value(name, image)
             rows.add(name, f"img{image:03d}", score, found, spec, status="skipped" if found is None else "ok",
                      reason="no gain" if found is None else "")  # fmt: skip
-    return rows.frame()
+    frame = rows.frame()
+    frame.loc[frame["explainer"] == "scan", "params"] = canonical_json(SCAN)
+    return frame
 
 
 def manifest(
@@ -54,6 +59,8 @@ def manifest(
     """A manifest of these methods on one model."""
     made = slow_rows.manifest(methods, (), datasets=(dataset,), images=N)
     made["models"]["shapes/resnet"]["family"] = family
+    if "scan" in made["explainers"]:
+        made["explainers"]["scan"]["params"] = SCAN
     made["metrics"] = list(metrics) or [metric("perturbation", PERTURBATION, "auc_d@label")]
     return made
 

@@ -14,6 +14,7 @@ from comparisons import (
     DROP,
     PERTURBATION,
     PRINTED,
+    SCAN,
     N,
     falling,
     manifest,
@@ -248,8 +249,8 @@ class TestSettings:
 
     def run(self, lines: Mapping[str, Mapping[str, Any]]) -> tuple[pd.DataFrame, dict[str, Any]]:
         """Rows and manifest of lines of `scan`, in falling order."""
-        defaults = {"alpha": 4.0, "layer": None, "percentile": 95.0, "mask": "gradient", "blur": 1.0,
-                    "squash": "sine", "width": 1.0, "fitted": "auto"}  # fmt: skip
+        defaults = {"alpha": 4.0, "layer": None, "percentile": 95.0, "blur": 1.0, "squash": "sine",
+                    "width": 1.0, "fitted": "auto", **SCAN}  # fmt: skip
         rows, made = planted(falling(list(lines))), manifest(list(lines))
         for label, params in lines.items():
             made["explainers"][label] |= {"name": "scan", "params": {**defaults, **params}}
@@ -276,6 +277,18 @@ class TestSettings:
         assert "the head of the column could not be had" in text
         assert "`scan (without-gradient-mask)`: here `none`; " in text
         assert "several lines of this explainer" not in text
+
+    def test_a_control_of_the_method_is_not_the_method(self) -> None:
+        """A map of the reconstruction's error, or from features without a mask, is not what was printed."""
+        for control in ({"output": "error"}, {"mask": "none"}):
+            found = only(
+                sections(*self.run({**ALPHAS, "mine": {"alpha": 8.0, **control}}), "scan-2026:table6")
+            )
+            assert found.absent == {"scan (alpha=8)": "not in this run"}
+            made = manifest(PRINTED)
+            made["explainers"]["scan"]["params"] = {**SCAN, **control}
+            found = only(sections(planted(falling(PRINTED)), made))
+            assert found.absent == {"scan": "not in this run"}
 
 
 class TestScope:

@@ -118,14 +118,25 @@ class TestSettings:
                 return logits
 
         model = Model(Around(), mean=0.0, std=1.0, input_size=8)
-        reason = registry.get("explainer", "infocam").facts.defined_for(model)
+        plugin = registry.get("explainer", "infocam")
+        reason = plugin.facts.defined_for(model, plugin.parameters)
         assert "no cut of model" in reason
         with pytest.raises(RequestError, match="no cut of model"):
             explain("infocam", model, make_batch(model, 1))
 
     def test_a_single_output_has_no_odds(self) -> None:
-        model = make_cnn(classes=1)
-        assert "one output only" in registry.get("explainer", "infocam").facts.defined_for(model)
+        plugin = registry.get("explainer", "infocam")
+        assert "one output only" in plugin.facts.defined_for(make_cnn(classes=1), plugin.parameters)
+
+    def test_two_gates_a_channel_have_no_map_of_the_features_as_they_are(self, vit: Model) -> None:
+        """The map A once was ignored there, and the line's noise alone told it from A_plus."""
+        plugin, halves = registry.get("explainer", "infocam"), {"map": "A", "mode": "channel"}
+        reason = plugin.facts.defined_for(vit, plugin.check(halves))
+        assert reason is not None and "two gates a channel" in reason and "halves=False" in reason
+        with pytest.raises(RequestError, match='give map="A_plus"'):
+            explain("infocam", vit, make_batch(vit, 1), **halves)
+        assert plugin.facts.defined_for(vit, plugin.check({**halves, "halves": False})) is None
+        assert plugin.facts.defined_for(make_cnn(), plugin.check({"map": "A"})) is None
 
     @pytest.mark.parametrize(
         ("params", "message"),

@@ -9,11 +9,12 @@ import pytest
 from fits import asked, typed
 
 import faithmap
-from faithmap import engine, training
+from faithmap import engine, fitting, training
 from faithmap.config import load_config
 from faithmap.errors import RequestError
 from faithmap.models import load_model
 from faithmap.plan import make_grid
+from faithmap.registry import get
 
 pytestmark = pytest.mark.usefixtures("toy_fitted", "home")
 
@@ -31,8 +32,8 @@ def request_of(**changes: Any) -> dict[str, Any]:
     }
 
 
-def files(home: Path) -> list[str]:
-    return sorted(file.name for file in (home / "fitted" / "toy-fitted").glob("*.safetensors"))
+def files(home: Path, folder: str = "requested") -> list[str]:
+    return sorted(file.name for file in (home / folder / "toy-fitted").glob("*.safetensors"))
 
 
 def test_a_run_fits_each_variant_and_scores_it(tmp_path: Path, home: Path) -> None:
@@ -48,7 +49,7 @@ def test_fits_are_those_of_train_and_are_made_once(tmp_path: Path, home: Path) -
     before = made.path.stat().st_mtime_ns if made.path else 0
     for _ in range(2):
         done = faithmap.run(request_of(), out=tmp_path / "run", figures=False)
-    assert len(files(home)) == 2
+    assert len(files(home)) == len(files(home, "fitted")) == 1  # one was there
     assert made.path is not None and made.path.stat().st_mtime_ns == before
     entry = done.manifest["explainers"]["toy-fitted"]["fits"]["shapes/resnet"]
     assert entry["digest"] == made.digest
@@ -62,6 +63,44 @@ def test_another_fit_of_the_same_explainer_is_not_taken(tmp_path: Path, home: Pa
     grid = make_grid(load_config(named))
     assert grid.explainers[0].fits["shapes/resnet"].digest == other.digest
     assert not grid.explainers[0].wanted
+
+
+def test_what_a_request_fits_for_itself_serves_others_where_there_is_nothing_else(
+    tmp_path: Path, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, toy = load_model("shapes/resnet"), get("explainer", "toy-fitted")
+    packaged = tmp_path / "packaged"
+    places = [fitting.folders("toy-fitted")[0], packaged, fitting.requested_folder("toy-fitted")]
+    monkeypatch.setattr(fitting, "folders", lambda name: places)
+    one = request_of(explainers=[{"name": "toy-fitted"}])
+    faithmap.run(one, out=tmp_path / "one", figures=False)
+    made = fitting.find(toy, toy.check({}), model)
+    assert made is not None and made.path is not None and home / "requested" in made.path.parents
+    # Two of them: it has to be named which.
+    faithmap.run({**one, "fits": [{**RECIPE, "seed": 7}]}, out=tmp_path / "two", figures=False)
+    with pytest.raises(RequestError, match="has 2 fits"):
+        fitting.find(toy, toy.check({}), model)
+    # One that comes with the package goes before, and one that was typed for before that.
+    shipped = training.train(asked(model, seed=1), out=packaged)
+    assert fitting.find(toy, toy.check({}), model) == shipped
+    own = training.train(asked(model, seed=2))
+    assert fitting.find(toy, toy.check({}), model) == own
+    assert fitting.find(toy, toy.check({"fitted": made.key}), model) == made
+    assert len(files(home)) == 2 and len(files(home, "fitted")) == 1
+
+
+def test_train_takes_over_what_a_request_has_made(tmp_path: Path, home: Path) -> None:
+    faithmap.run(request_of(explainers=[{"name": "toy-fitted"}]), out=tmp_path / "run", figures=False)
+    (name,) = files(home)
+    made = training.train(asked(load_model("shapes/resnet")))
+    assert not made.written and files(home) == [] and files(home, "fitted") == [name]
+    assert sorted(file.suffix for file in (home / "fitted" / "toy-fitted").iterdir()) == [
+        ".csv",
+        ".safetensors",
+    ]
+    again = faithmap.run(request_of(explainers=[{"name": "toy-fitted"}]), out=tmp_path / "run", figures=False)
+    assert files(home) == []
+    assert again.manifest["explainers"]["toy-fitted"]["fits"]["shapes/resnet"]["digest"] == made.digest
 
 
 def test_settings_of_a_fit_are_told_from_its_options() -> None:
@@ -152,11 +191,13 @@ def test_the_reason_is_that_of_the_latest_run(tmp_path: Path, home: Path) -> Non
 
     request = request_of(explainers=[{"name": "toy-fitted", "start": float("inf")}, {"name": "gradcam"}])
     asked_for = make_grid(load_config(request)).explainers[0].wanted["shapes/resnet"]
-    lock = (home / "fitted" / "toy-fitted" / asked_for.file_name).with_suffix(".lock")
+    lock = (home / "requested" / "toy-fitted" / asked_for.file_name).with_suffix(".lock")
     lock.parent.mkdir(parents=True)
     with FileLock(lock):
         done = faithmap.run(request, out=tmp_path / "run", figures=False)
-    assert skipped(done).startswith("not fitted: another process is making $FAITHMAP_HOME/fitted/toy-fitted/")
+    assert skipped(done).startswith(
+        "not fitted: another process is making $FAITHMAP_HOME/requested/toy-fitted/"
+    )
     done = faithmap.run(request, out=tmp_path / "run", figures=False)
     assert skipped(done).startswith("not fitted: the fit of 'toy-fitted' ended with NaN")
     before = {file: file.stat().st_mtime_ns for file in done.path.rglob("*.parquet")}

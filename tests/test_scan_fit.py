@@ -14,7 +14,7 @@ from conftest import inside, make_batch
 from scan_fits import Data, KilledError, Session, curve_of, make_data, make_scan
 from torch import Tensor, nn
 
-from faithmap import fitting, gradient_masks, registry, seen_features
+from faithmap import fitting, gradient_masks, registry, seen_features, training
 from faithmap.batch import Batch
 from faithmap.context import Context
 from faithmap.decoder_training import DecoderTraining
@@ -125,6 +125,13 @@ class TestFit:
         assert [sorted(session.curve) for session in sessions.values()] == [[1, 2, 3], [1, 2, 3, 4, 5]]
         with pytest.raises(RequestError, match="expected one or more of the first three, 0 or more steps"):
             make_scan().fit(cnn, make_data(cnn), Session(), steps=-1)
+
+    def test_a_number_of_steps_leaves_no_trace_of_epochs(self) -> None:
+        """They would tell two fits apart that are one, and say nothing true of either in its record."""
+        scan = registry.get("explainer", "scan")
+        one, other = (training.fit_options(scan, {"steps": 7, "epochs": n}) for n in (3, 5))
+        assert one == other and "epochs" not in one and one["steps"] == 7
+        assert training.fit_options(scan, {"epochs": 3})["epochs"] == 3
 
     def test_labels_of_other_classes_are_refused(self, cnn: Model) -> None:
         data = make_data(cnn, 80)

@@ -54,6 +54,18 @@ class TestMask:
         assert unmasked.tolist() == [True, False, True]
         assert found.all(1).tolist() == [True, False, True]
 
+    def test_gradients_that_are_not_finite_leave_nothing_to_explain(self) -> None:
+        """Else the mask of NaN would be empty, and the decoder would make a map of nothing."""
+        generator = torch.Generator().manual_seed(0)
+        values, gradients = torch.randn(2, 3, 4, 2, 2, generator=generator).unbind(0)
+        layout = gradient_masks.Layout("layer", False, 4, (2, 2), (8, 8))
+        whole = gradient_masks.apply_mask(values, gradients, layout, percentiles=50.0)
+        for broken in (torch.nan, torch.inf):
+            gradients[1, 2, 0, 1] = broken
+            found = gradient_masks.apply_mask(values, gradients, layout, percentiles=50.0)
+            assert bool(found.values[1].isnan().all()) and not bool(found.unmasked.any())
+            assert torch.equal(found.values[[0, 2]], whole.values[[0, 2]])
+
     def test_percentile_zero_still_drops_what_is_not_positive(self) -> None:
         gradients = draw(2, 60)
         assert torch.equal(gradient_masks.gradient_mask(gradients, 0.0)[0], gradients > 0)

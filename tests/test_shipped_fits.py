@@ -49,6 +49,8 @@ def test_a_record_says_how_it_was_made(name: str, params: dict[str, Any], model:
     assert not [word for word in ("/work", "/home", "/root", "/tmp") if word in text]
     if name == "scan":
         assert record["options"]["steps"] == 5000 and record["options"]["batch_size"] == 16
+        assert "epochs" not in record["options"] and record["data"]["passes"] == 80_000
+        assert record["counts"] == {"unmasked": 0}
 
 
 @pytest.mark.parametrize(("name", "params", "model"), CASES)

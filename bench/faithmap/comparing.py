@@ -19,7 +19,7 @@ import numpy as np
 from faithmap import stats
 from faithmap.errors import RequestError
 from faithmap.evidence import Evidence, FloatArray, snap
-from faithmap.publications import Column, Figures, Method, Publication, Reading, publication, publications
+from faithmap.publications import Column, Figures, Publication, Reading, publication, publications
 from faithmap.standing import FAILED_LIMIT, estimates, run_seed
 
 Verdict = Literal["agree", "disagree", "undecided"]
@@ -308,7 +308,7 @@ def _lines(
         if not method.explainer:
             absent[name] = method.note
             continue
-        known = [label for label in cell.explainers if _is(method, _facts(cell, label), label)]
+        known = [label for label in cell.explainers if method.is_line(label, _facts(cell, label))]
         reasons = [_why_not(cell, label, score, any_role=named) for label in known]
         usable = [label for label, reason in zip(known, reasons, strict=True) if not reason]
         if usable:
@@ -316,14 +316,6 @@ def _lines(
         else:
             absent[name] = reasons[0] if reasons else NOT_HERE
     return labels, absent
-
-
-def _is(method: Method, facts: Mapping[str, Any], label: str) -> bool:
-    """Whether a line of the run is what was printed: the explainer, and the setting where that is named."""
-    if facts.get("name", label) != method.explainer:
-        return False
-    given = facts.get("params", {})
-    return method.params is None or all(given.get(key) == value for key, value in method.params.items())
 
 
 def _facts(cell: Evidence, label: str) -> Mapping[str, Any]:

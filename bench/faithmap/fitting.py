@@ -15,13 +15,16 @@ Such an explainer is a class:
   messages name them.
 - `as_default(self, model) -> names` (optional): the parameters whose value is what their default stands for
   on that model; a fit of the one serves the other.
+- `idle_options(options) -> names` (optional, a static method): the options of a fit that have no effect
+  beside the others; they are in neither its key nor its record.
 - `numbers_used(self, tensors) -> int` (optional): how many of the numbers that are kept it explains with.
 - `counts` (optional, of the class): columns of the curve that count images of a step, and what is true of
   these images, such as a fallback; the record keeps their sums, and `faithmap train` ends with them.
 
 A fit is a safetensors file with its record. Its name begins with the key of what it serves (explainer,
 version, the model's weights and the parameters that the fit depends on) and ends with the key of how it
-came about (images, options, seed). It lies in the user's folder of fits, or ships with the package.
+came about (images, options, seed). It lies in the user's folder of fits, ships with the package, or lies in
+the folder of those that a request has made for its own lines, which serve others where there is nothing else.
 """
 
 from __future__ import annotations
@@ -99,9 +102,34 @@ def home() -> Path:
 
 
 def folders(explainer: str) -> list[Path]:
-    """Where fits of an explainer may lie: the user's folder, then the package's."""
+    """Where fits of an explainer may lie, the first that has one first.
+
+    The user's folder, the package's, and that of fits that `[[fits]]` of a request has asked for.
+    """
     packaged = Path(__file__).parent / "zoo" / "fitted"
-    return [home() / "fitted" / explainer, packaged / explainer]
+    return [home() / "fitted" / explainer, packaged / explainer, requested_folder(explainer)]
+
+
+def requested_folder(explainer: str) -> Path:
+    """Where the fits lie that a request has made by its `[[fits]]`."""
+    return home() / "requested" / explainer
+
+
+def adopt(explainer: str, name: str) -> None:
+    """Make a fit that a request has made the user's own, as `faithmap train` of the same would.
+
+    Args:
+        explainer: its name.
+        name: of the fit's file; nothing happens where there is none.
+    """
+    file, own = requested_folder(explainer) / name, folders(explainer)[0] / name
+    if not file.is_file() or own.is_file():
+        return
+    own.parent.mkdir(parents=True, exist_ok=True)
+    curve = file.with_suffix(".csv")
+    if curve.is_file():
+        curve.replace(own.with_suffix(".csv"))
+    file.replace(own)
 
 
 def wants_fit(plugin: Plugin, params: Mapping[str, Any]) -> bool:
@@ -178,7 +206,8 @@ def served_key(plugin: Plugin, params: Mapping[str, Any], model: Model) -> str:
 def find(plugin: Plugin, params: Mapping[str, Any], model: Model) -> Fit | None:
     """The fit that an explainer with these parameters explains a model with; None where there is none.
 
-    Fits that come with the package serve where the user has none of their own.
+    Fits that come with the package serve where the user has none of their own, and those that requests have
+    made for themselves where there is no other.
 
     Raises:
         RequestError: there are several and none is named, or the one that is named is not there or
@@ -200,8 +229,8 @@ def find(plugin: Plugin, params: Mapping[str, Any], model: Model) -> Fit | None:
             )
         files = chosen
     else:
-        own = folders(plugin.name)[0]
-        files = [file for file in files if file.parent == own] or files
+        first = files[0].parent if files else None
+        files = [file for file in files if file.parent == first]
     if len(files) > 1:
         spec = spec_text(plugin, {**params, FITTED: _key_in(files[0])})
         raise RequestError(
@@ -213,9 +242,12 @@ def find(plugin: Plugin, params: Mapping[str, Any], model: Model) -> Fit | None:
 
 
 def known(explainer: str, served: str) -> list[Path]:
-    """The files of all fits that serve a key; one that lies in both folders counts once."""
-    files = [file for folder in folders(explainer) for file in sorted(folder.glob(f"{served}-*{SUFFIX}"))]
-    return list({file.name: file for file in reversed(files)}.values())
+    """The files of all fits that serve a key, by folder; one that lies in several counts in the first."""
+    found: dict[str, Path] = {}
+    for folder in folders(explainer):
+        for file in sorted(folder.glob(f"{served}-*{SUFFIX}")):
+            found.setdefault(file.name, file)
+    return list(found.values())
 
 
 def _key_in(file: Path) -> str:

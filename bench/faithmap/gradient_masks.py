@@ -236,7 +236,10 @@ def apply_mask(
     percentiles: Tensor | float = 95.0,
     noise: Tensor | None = None,
 ) -> Masked:
-    """F M from F and G; arguments as for `masked_features`."""
+    """F M from F and G; arguments as for `masked_features`.
+
+    Where gradients of an image are not finite, so that there is no percentile, all of it is NaN.
+    """
     if mask == "none" or gradients is None:
         return Masked(values, layout, torch.zeros(len(values), dtype=torch.bool, device=values.device))
     chosen, unmasked = gradient_mask(gradients, 0.0 if mask == "positive" else percentiles)
@@ -244,4 +247,6 @@ def apply_mask(
         if noise is None:
             raise RequestError("the random mask takes noise of the features' shape")
         chosen = random_mask(chosen, noise.to(chosen.device))
-    return Masked(values * chosen, layout, unmasked)
+    finite = gradients.flatten(1).isfinite().all(1)
+    kept = torch.where(finite.view(-1, *[1] * (values.ndim - 1)), values * chosen, torch.nan)
+    return Masked(kept, layout, unmasked & finite)

@@ -3,9 +3,9 @@
 The files lie in `published/`. One CSV for each source holds its figures as printed, `mapping.csv` says
 what each column means; the others are the reading aids of this package: which paper a source is
 (`sources.csv`), which of our scores answers a column, the best reading first (`readings.csv`), which
-explainer a printed name is (`methods.csv`), with which parameters the lines of an ablation are one
-(`settings.csv`), what models and images are (`models.csv`, `datasets.csv`),
-and what else a reader should know of a table or a column (`notes.csv`). Nothing here loads torch.
+explainer a printed name is, and which parameters make it that (`methods.csv`), with which the lines of an
+ablation are one (`settings.csv`), what models and images are (`models.csv`, `datasets.csv`), and what else a
+reader should know of a table or a column (`notes.csv`). Nothing here loads torch.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _HEADERS = {
     "sources": ("source", "file", "paper", "title", "arxiv", "taken_from", "target", "map_grid", "transform"),
     "mapping": ("source", "column", "metric", "variant", "direction", "certainty"),
     "readings": ("source", "column", "setting", "score", "metric", "params", "reading"),
-    "methods": ("source", "method", "explainer", "note"),
+    "methods": ("source", "method", "explainer", "params", "note"),
     "settings": ("source", "table", "setting", "explainer", "params", "note"),
     "models": ("model", "name", "family", "same_as"),
     "datasets": ("dataset", "name", "images", "registry"),
@@ -80,8 +80,20 @@ class Method:
     name: str
     explainer: str
     note: str
-    #: In an ablation: the parameters that make a line of a run this one. None: any will do.
+    #: The parameters that a line of a run must have to be this one. None: any will do.
     params: Mapping[str, Any] | None = None
+
+    def is_line(self, label: str, facts: Mapping[str, Any]) -> bool:
+        """Whether a line of a run is what was printed: the explainer, with the parameters that matter.
+
+        Args:
+            label: of the line.
+            facts: its entry in the run's manifest.
+        """
+        if facts.get("name", label) != self.explainer:
+            return False
+        given = facts.get("params", {})
+        return self.params is None or all(given.get(key) == value for key, value in self.params.items())
 
 
 @dataclass(frozen=True, slots=True)
@@ -274,7 +286,8 @@ def _number(where: str, what: str, text: str) -> float:
 def _method(where: str, line: Mapping[str, str]) -> Method:
     if not line["explainer"] and not line["note"]:
         raise FaithmapError(f"{where}: '{line['method']}' needs an explainer, or a note that says why none")
-    return Method(line["method"], line["explainer"], line["note"])
+    params = _params(where, line["params"]) if line["params"] else None
+    return Method(line["method"], line["explainer"], line["note"], params)
 
 
 def _variant(where: str, line: Mapping[str, str], methods: Mapping[str, Method]) -> Method:
@@ -282,7 +295,8 @@ def _variant(where: str, line: Mapping[str, str], methods: Mapping[str, Method])
     _known(where, "method", line["explainer"], methods)
     method = methods[line["explainer"]]
     name = f"{line['explainer']} ({line['setting']})"
-    return Method(name, method.explainer, line["note"], _params(where, line["params"]))
+    params = {**(method.params or {}), **_params(where, line["params"])}
+    return Method(name, method.explainer, line["note"], params)
 
 
 def _model(line: Mapping[str, str]) -> PublishedModel:

@@ -6,8 +6,10 @@
     epochs = 10                                # options of its fit, as of `faithmap train --set`
 
 `part`, `limit`, `seed` and `precision` are those of `faithmap train`; the seed is by default the run's. Each
-variant of the explainer that the request names is fitted to each model, and kept and found again as if
-`faithmap train` had been typed. A fit that fails costs its own line of the board, which then has the reason.
+variant of the explainer that the request names is fitted to each model. It is the fit that `faithmap train`
+would make, and is taken from there if it has; else it is kept apart, so that it takes the place of no other:
+lines of other requests find it where there is nothing else for them. A fit that fails costs its own line of
+the board, which then has the reason.
 """
 
 from __future__ import annotations
@@ -97,7 +99,7 @@ def fit_or_reason(asked: Training, failed: dict[str, str], watcher: Watcher) -> 
     """
     if asked.file_name not in failed:
         try:
-            return train(asked, watcher)
+            return train(asked, watcher, out=fitting.requested_folder(asked.plugin.name))
         except FaithmapError as error:
             # Folders of this machine have no place on a board.
             told = str(error).replace(str(fitting.home()), f"${fitting.HOME_VARIABLE}")

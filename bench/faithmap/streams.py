@@ -11,8 +11,9 @@ little else (KL of z_d given A from the noise, which bounds I(Z_d; A)), and z_n 
 class (KL of p(Y | z_n) from a fixed prior, which bounds I(Z_n; Y)). Y says whether the class is the
 explained one or any other, so that z_n may keep what speaks for other classes.
 
-Gates are all that is optimised; their information is all that enters a weight. No gradient of a score
-with respect to features does.
+Gates are all that is optimised, and their information is all that a weight is made of: it is found by
+derivatives of the losses with respect to gates, at noisy features, and no gradient of a score with respect
+to the image's features is a weight.
 """
 
 from __future__ import annotations

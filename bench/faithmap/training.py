@@ -275,7 +275,7 @@ class Training:
 
 
 def fit_options(plugin: Plugin, given: Mapping[str, Any]) -> dict[str, Any]:
-    """The options of an explainer's `fit`, with `given` over the defaults.
+    """The options of an explainer's `fit`, with `given` over the defaults, less those without an effect.
 
     Raises:
         RequestError: the explainer is not fitted, or an option is unknown or of another type.
@@ -297,7 +297,8 @@ def fit_options(plugin: Plugin, given: Mapping[str, Any]) -> dict[str, Any]:
         raise RequestError(
             f"the fit of '{plugin.name}' needs the option '{missing[0]}'; give --set {missing[0]}=VALUE"
         )
-    return options
+    idle = getattr(plugin.target, "idle_options", lambda _: ())(options)
+    return {key: value for key, value in options.items() if key not in idle}
 
 
 def train(
@@ -326,8 +327,10 @@ def train(
     """
     if not fitting.wants_fit(request.plugin, request.params):
         raise RequestError(fitting.needless(request.plugin, request.params))
-    folder = fitting.home() / "fitted" / request.plugin.name if out is None else out
+    folder = fitting.folders(request.plugin.name)[0] if out is None else out
     file = folder / request.file_name
+    if out is None and not fresh:
+        fitting.adopt(request.plugin.name, file.name)
     if file.is_file() and not fresh:
         made = fitting.read(file)
         if half and not made.record.get("half"):

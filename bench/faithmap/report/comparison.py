@@ -233,8 +233,8 @@ def _remarks(section: Section) -> list[str]:
         if given:
             said.append("run with " + ", ".join(f"{key} = {value}" for key, value in given.items()))
         method = section.publication.methods[beside.method]
-        alike = sum(facts.get("name") == method.explainer for facts in explainers.values())
-        if alike > 1 and method.params is None:
+        alike = sum(method.is_line(label, facts) for label, facts in explainers.items())
+        if alike > 1:
             said.append("the first of several lines of this explainer")
         if method.note:
             said.append(method.note)
