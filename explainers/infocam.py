@@ -146,8 +146,8 @@ class InfoCAM:
     and maps are blank. Gates do not change where a channel becomes c A + d and the tail makes up for it, if
     statistics are those of many images: noise around zero, the default, follows the scale c, not the shift d.
 
-    Chosen on the dev part of `shapes`: "A_plus" for channels, beta 20 for elements. Reconstructed, not
-    published: everything with a number.
+    Reconstructed, not published: everything with a number. The preset `infocam-open-points` sets each
+    choice beside its alternatives, on the dev part of `shapes`.
 
     Args:
         mode: "channel", "element", "mean-field" or "auto".
