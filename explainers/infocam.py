@@ -38,11 +38,8 @@ def _undefined(model: Model, params: Mapping[str, Any]) -> str | None:
 
     try:
         cut_at(model)
-    except RequestError as error:
-        return str(error)
-    if model.num_classes < 2:
-        return "has one output only: there are no odds of one class against the others"
-    try:
+        if model.num_classes < 2:
+            return "has one output only: there are no odds of one class against the others"
         _setting(model, params)
     except RequestError as error:
         return str(error)

@@ -117,7 +117,7 @@ class Lines:
             return
         self._last = time.monotonic()
         told = f"{self._done}/{self._units} {self._place}, {cell}: {told_rate(images, seconds)}"
-        self._say(_listed(told, self._clock.left()))
+        self._say(_joined(told, self._clock.left()))
 
     def end(self) -> None:
         """Nothing to take away."""
@@ -172,7 +172,7 @@ class FitLines:
             return
         self._last = time.monotonic()
         told = f"{step}/{self._steps} {told_values(values)}"
-        print(_listed(told, self._clock.left()), file=self._stream, flush=True)
+        print(_joined(told, self._clock.left()), file=self._stream, flush=True)
 
     def end(self) -> None:
         """Nothing to take away."""
@@ -198,9 +198,9 @@ class _Clock:
         return f"{clock(elapsed / max(self._done, 1) * max(self._units - self._done, 0))} left"
 
 
-def _listed(*parts: str) -> str:
-    """Those that say something, in a line."""
-    return ", ".join(part for part in parts if part)
+def _joined(told: str, left: str) -> str:
+    """A line, with the time left where that is known."""
+    return f"{told}, {left}" if left else told
 
 
 def told_check(plugin: str, failed: int, seconds: float) -> str:
