@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from small_runs import call
 import faithmap
 from faithmap.config import Config, load_config
 from faithmap.errors import RequestError
-from faithmap.estimate import estimate
+from faithmap.estimate import DEAREST, estimate
 from faithmap.plan import Task, make_grid, plan_tasks
 
 
@@ -64,6 +65,19 @@ def test_the_dry_run_says_that_timings_are_not_in_its_figures(place: Path) -> No
     assert "images forwarded" in timed.stdout
     scored = call("small.toml", "--dry-run", "--metrics", "drop", place=place)
     assert "cost" not in scored.stdout
+
+
+def test_the_dry_run_names_the_dearest_of_many_lines(place: Path) -> None:
+    few = call("small.toml", "--dry-run", place=place)
+    assert "forwarded" in few.stdout and "dearest" not in few.stdout
+    cheap = "gradcam,saliency,random,random-grid,centre"
+    many = call("small.toml", "--dry-run", "--explainers", f"{cheap},rise[n_masks=20000]", place=place)
+    shares = re.search(r"ms an image \(dearest: (.+)\)\n", many.stdout)
+    assert shares is not None, many.stdout
+    labels, percents = zip(*(item.rsplit(" ", 1) for item in shares[1].split(", ")), strict=True)
+    values = [int(percent.removesuffix("%")) for percent in percents]
+    assert labels[0] == "rise" and len(set(labels)) == DEAREST
+    assert values == sorted(values, reverse=True) and 50 < values[0] and sum(values) <= 102
 
 
 def tasks_of(config: Config) -> list[Task]:

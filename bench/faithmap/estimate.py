@@ -21,6 +21,8 @@ from faithmap.store import RunStore
 from faithmap.units import Group, missing_images, run_shard
 
 SAMPLE = 2
+#: Lines that are named with their shares of the time.
+DEAREST = 5
 
 
 @dataclass(frozen=True)
@@ -92,12 +94,16 @@ def _added(total: Estimate, group: Group, at_most: str = "") -> Estimate:
         due[task.cell.key] += len(missing_images(group, shard, [task]).samples)
     costs = _measure(group, [task for task in group.tasks if due[task.cell.key]])
     forwards, seconds = (sum(due[key] * cost[i] for key, cost in costs.items()) for i in (0, 1))
+    labels = {task.cell.key: task.cell.label for task in group.tasks}
+    by_label: Counter[str] = Counter()
+    for key, cost in costs.items():
+        by_label[labels[key]] += due[key] * cost[1]
     said = f" ({group.said})" if group.said else ""
     already = f", {stored} of them stored" if stored else ""
     line = (
         f"{group.model.name} x {group.dataset}{said}: {at_most}{images} images, {len(group.tasks)} cells, "
         f"{units} units{already}, {forwards / images:,.0f} forwards and "
-        f"{1000 * seconds / images:,.0f} ms an image"
+        f"{1000 * seconds / images:,.0f} ms an image{_dearest(by_label)}"
     )
     return Estimate(
         [*total.lines, line],
@@ -106,6 +112,14 @@ def _added(total: Estimate, group: Group, at_most: str = "") -> Estimate:
         total.forwards + forwards,
         total.seconds + seconds,
     )
+
+
+def _dearest(by_label: Counter[str]) -> str:
+    """Where most of the time goes, of what has a choice of lines."""
+    if len(by_label) <= DEAREST or not (whole := by_label.total()):
+        return ""
+    shares = [f"{label} {seconds / whole:.0%}" for label, seconds in by_label.most_common(DEAREST)]
+    return f" (dearest: {', '.join(shares)})"
 
 
 def _timings(names: Sequence[str]) -> list[str]:
@@ -134,15 +148,19 @@ def _fits(grid: Grid) -> list[str]:
 def _measure(group: Group, tasks: Sequence[Task]) -> dict[str, tuple[float, float]]:
     """Forwards and seconds an image of some tasks, by the keys of their cells, as if nothing were stored.
 
-    What tasks share, such as reading an image, counts for the first of them.
+    What tasks share, such as reading an image, counts for the first of them. What is done once in a process,
+    such as importing what a metric needs, is done before and counts for nothing.
     """
     if not tasks:
         return {}
     shard = replace(group.shards[0], samples=group.shards[0].samples[:SAMPLE])
+    group = replace(group, done={}, unreadable=set())
+    for _ in run_shard(group, replace(shard, samples=shard.samples[:1]), tasks[:1]):
+        pass
     costs: dict[str, tuple[float, float]] = {}
     with group.model.counting() as meter:
         forwards, started = meter.forwards, time.perf_counter()
-        for unit in run_shard(replace(group, done={}, unreadable=set()), shard, tasks):
+        for unit in run_shard(group, shard, tasks):
             now = time.perf_counter()
             spent, taken = meter.forwards - forwards, now - started
             costs[unit.cell.key] = (spent / len(shard.samples), taken / len(shard.samples))
