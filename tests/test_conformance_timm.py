@@ -32,8 +32,9 @@ NETS: dict[str, dict[str, Any]] = {
 MANY_PASSES = (
     "ablationcam", "scorecam", "scorecam++", "kernel-shap", "lime", "mask", "occlusion", "rise",
 )  # fmt: skip
-#: Tried with those in every run of the tests; on the others where minutes do not count.
-FIRST = "timm/vit_tiny_patch16_224"
+#: Whether images see each other takes several passes: tried on these in every run of the tests, and on the
+#: others, as are explainers of many passes, where minutes do not count.
+ALWAYS = ("timm/vit_tiny_patch16_224", "timm/resnet18")
 CHECKS = ("check_maps", "check_batch")
 #: A transformer that has learnt nothing spreads its attention evenly: the class token alone has large
 #: gradients, and the mask leaves nothing of the patches.
@@ -58,24 +59,37 @@ def models(names: Iterable[str]) -> dict[str, Callable[[], Model]]:
     return {name: partial(net, name) for name in sorted(names)}
 
 
-OTHERS = [p for p in registry.plugins("explainer") if p.name not in MANY_PASSES]
+REST = NETS.keys() - set(ALWAYS)
+FEW_PASSES = [p for p in registry.plugins("explainer") if p.name not in MANY_PASSES]
 
 
 @pytest.mark.slow
 @conformance.parametrized(
-    "explainer", OTHERS, models=models(NETS), only=CHECKS, expected_failures=empty(NETS)
+    "explainer", FEW_PASSES, models=models(NETS), only=["check_maps"], expected_failures=empty(NETS)
 )
-def test_explainers(case: Case) -> None:
+def test_maps(case: Case) -> None:
     case.run()
 
 
 @pytest.mark.slow
-@conformance.parametrized("explainer", MANY_PASSES, models=models([FIRST]), only=CHECKS)
+@conformance.parametrized("explainer", FEW_PASSES, models=models(ALWAYS), only=["check_batch"])
+def test_batches(case: Case) -> None:
+    case.run()
+
+
+@pytest.mark.slow
+@conformance.parametrized("explainer", MANY_PASSES, models=models(ALWAYS[:1]), only=CHECKS)
 def test_explainers_of_many_passes(case: Case) -> None:
     case.run()
 
 
 @pytest.mark.long
-@conformance.parametrized("explainer", MANY_PASSES, models=models(NETS.keys() - {FIRST}), only=CHECKS)
+@conformance.parametrized("explainer", FEW_PASSES, models=models(REST), only=["check_batch"])
+def test_batches_on_the_other_networks(case: Case) -> None:
+    case.run()
+
+
+@pytest.mark.long
+@conformance.parametrized("explainer", MANY_PASSES, models=models(NETS.keys() - {ALWAYS[0]}), only=CHECKS)
 def test_explainers_of_many_passes_on_the_other_networks(case: Case) -> None:
     case.run()
