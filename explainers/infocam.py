@@ -144,7 +144,7 @@ class InfoCAM:
     statistics are those of many images: noise around zero, the default, follows the scale c, not the shift d.
 
     Reconstructed, not published: everything with a number. The preset `infocam-open-points` sets each
-    choice beside its alternatives, on the dev part of `shapes`.
+    choice beside its alternatives, on the dev part of `shapes`; results/README.md has what came of it.
 
     Args:
         mode: "channel", "element", "mean-field" or "auto".
