@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pandas as pd
 import PIL.Image
 import pytest
 from rich.console import Console
@@ -261,3 +262,35 @@ class TestCompare:
             assert code == 2
             assert message in shown
             assert shown.splitlines()[-1].startswith("faithmap: ")
+
+    def test_a_line_of_the_run_against_all_others(self, typed, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+        for suffix, start in (
+            (".md", "# AUC-D, label: differences from `gradcam`\n"),
+            (".csv", "model,dataset,"),
+        ):
+            file = tmp_path / f"pairs{suffix}"
+            words = ("--against", "gradcam", "--score", "auc_d_label", "--out", file)
+            code, shown = typed("compare", self.BOARD, *words)
+            assert code == 0, shown
+            assert "differences from gradcam" in shown and f"wrote {file}" in shown
+            assert file.read_text(encoding="utf-8").startswith(start)
+        written = pd.read_csv(tmp_path / "pairs.csv")
+        board = pd.read_csv(self.BOARD / "leaderboard.csv")
+        means = board.set_index(["model", "explainer"])["auc_d_label"]
+        for line in written.to_dict("records"):
+            model = line["model"]
+            assert line["difference"] == pytest.approx(
+                means[model, line["explainer"]] - means[model, "gradcam"], abs=2e-3
+            )
+
+    def test_wrong_requests_of_a_line_are_one_sentence(self, typed, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+        for words, message in (
+            (["--score", "auc_d"], "--score goes with --against"),
+            (["--against", "gradcam", "--with", "scan-2026"], "give one of them"),
+            (["--against", "gradcan"], "did you mean 'gradcam'"),
+            (["--against", "gradcam", "--score", "peak_mb"], "'peak_mb' is a cost"),
+            (["--against", "gradcam", "--out", tmp_path / "page.txt"], "ends in .md, for a page, or in .csv"),
+        ):
+            code, shown = typed("compare", self.BOARD, *words)
+            assert code == 2
+            assert message in shown and shown.splitlines()[-1].startswith("faithmap: ")

@@ -46,8 +46,8 @@ def call(command: str, folder: Path) -> str:
 def test_the_guide_leads_to_a_ranked_method(tmp_path: Path) -> None:
     commands = [line for block in blocks("sh") for line in block.splitlines()]
     (code,) = blocks("python")
-    assert [command.split()[1] for command in commands] == ["new", "check", "run", "leaderboard"]
-    new, check, run, leaderboard = commands
+    assert [command.split()[1] for command in commands] == ["new", "check", "run", "leaderboard", "compare"]
+    new, check, run, leaderboard, compare = commands
 
     assert "wrote smooth_gradient_image.py" in call(new, tmp_path)
     (tmp_path / "smooth_gradient_image.py").write_text(code, encoding="utf-8")
@@ -66,6 +66,9 @@ def test_the_guide_leads_to_a_ranked_method(tmp_path: Path) -> None:
     assert set(board["explainer"]) - set(ranked["explainer"]) == {"random-grid", "centre"}
     assert list((tmp_path / "runs" / "first" / "figures").glob("heatmaps-*.png"))
     assert "leaderboard.md" in call(leaderboard, tmp_path)
+    against = call(compare, tmp_path)
+    assert "AUC-D: differences from saliency" in against
+    assert all(f"\u2502{label} " in against for label in set(board["explainer"]) - {"saliency"}), against
 
 
 def test_the_method_of_the_guide_forgets_clone_as_it_says(tmp_path: Path) -> None:

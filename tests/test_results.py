@@ -20,6 +20,7 @@ from faithmap.report.variants import write_variants
 RESULTS = Path(__file__).parents[1] / "results"
 BOARDS = sorted(folder.parent.name for folder in RESULTS.glob("*/manifest.json"))
 MEASURED = sorted(page.parent.name for page in RESULTS.glob(f"*/{equation_nine.FILES[1]}"))
+AGAINST = sorted(RESULTS.glob("*/against-*.md"))
 COMPARED = sorted(page.parent.name for page in RESULTS.glob("*/published.md"))
 
 
@@ -65,6 +66,14 @@ def test_a_page_beside_the_papers_tables_is_rebuilt_byte_for_byte(name: str, tmp
 def test_a_page_on_equation_nine_is_rebuilt_from_its_lines_byte_for_byte(name: str) -> None:
     lines, page = (RESULTS / name / file for file in equation_nine.FILES)
     assert page.read_text(encoding="utf-8") == equation_nine.page(equation_nine.read_lines(lines))
+
+
+@pytest.mark.parametrize("page", AGAINST, ids=lambda page: f"{page.parent.name}-{page.stem}")
+def test_a_page_of_differences_from_one_line_is_rebuilt_byte_for_byte(page: Path, tmp_path: Path) -> None:
+    new = tmp_path / "page.md"
+    label = page.stem.removeprefix("against-")
+    assert boards.compare_lines([page.parent], label, "auc_d", new, Console(quiet=True)) == 0
+    assert page.read_bytes() == new.read_bytes()
 
 
 def test_the_reading_of_equation_nine_that_is_the_default_is_the_one_that_the_dev_part_supports() -> None:

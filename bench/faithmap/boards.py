@@ -85,14 +85,39 @@ def compare(runs: Sequence[Path], wanted: Sequence[str], out: Path | None, conso
     if left and not wanted:
         console.print(f"not compared: {len(left)} more; --with SOURCE:TABLE or the page (--out) says why")
     if out is not None:
-        try:
-            write_bytes(out, render_comparison(sections).encode())
-        except OSError as error:
-            raise RequestError(
-                f"cannot write {out} ({error.strerror or error}); name another file"
-            ) from error
-        console.print(f"wrote {out}", markup=False, highlight=False, soft_wrap=True)
+        _write(out, render_comparison(sections), console)
     return 0
+
+
+def compare_lines(runs: Sequence[Path], label: str, score: str, out: Path | None, console: Console) -> int:
+    """Set every line of a run against one of them; write the page or the table where one is named."""
+    from faithmap import pairs
+    from faithmap.evidence import read_evidence
+    from faithmap.leaderboard import board_csv
+    from faithmap.report.pairs import pairs_table, render_pairs
+
+    if out is not None and out.suffix not in (".md", ".csv"):
+        raise RequestError(f"--out {out}: give a file that ends in .md, for a page, or in .csv")
+    rows, manifest = read_runs(runs)
+    if rows.empty:
+        raise RequestError(f"{runs[0]} holds no rows yet; run it first")
+    cells = read_evidence(rows, manifest)
+    lines = pairs.differences(cells, label, score)
+    left_out = pairs.without_baseline(cells, label, score)
+    console.print(pairs_table(lines))
+    for said in left_out:
+        console.print(f"not compared: {said}", markup=False, highlight=False, soft_wrap=True)
+    if out is not None:
+        _write(out, board_csv(lines) if out.suffix == ".csv" else render_pairs(lines, left_out), console)
+    return 0
+
+
+def _write(file: Path, text: str, console: Console) -> None:
+    try:
+        write_bytes(file, text.encode())
+    except OSError as error:
+        raise RequestError(f"cannot write {file} ({error.strerror or error}); name another file") from error
+    console.print(f"wrote {file}", markup=False, highlight=False, soft_wrap=True)
 
 
 def copy_heatmaps(run: Path, out: Path) -> None:

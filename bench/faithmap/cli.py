@@ -17,6 +17,7 @@ from rich.console import Console
 from faithmap import __version__
 from faithmap._memory import keep_freed_memory
 from faithmap.errors import FaithmapError, PluginError, RequestError
+from faithmap.records import PRIMARY_SCORE
 
 app = typer.Typer(
     name="faithmap",
@@ -191,8 +192,19 @@ def compare(
             help="Published figures to compare with, such as scan-2026:table1 (repeatable); by default all.",
         ),
     ] = None,
+    against: Annotated[
+        str | None,
+        typer.Option(
+            metavar="LABEL",
+            help="Instead of papers, one of the run's own lines: every other one's difference from it.",
+        ),
+    ] = None,
+    score: Annotated[
+        str | None, typer.Option(metavar="NAME", help="With --against, the score; by default auc_d.")
+    ] = None,
     out: Annotated[
-        Path | None, typer.Option(help="Write the whole comparison to this Markdown file.")
+        Path | None,
+        typer.Option(help="Write the whole comparison to this Markdown file; with --against to .md or .csv."),
     ] = None,
 ) -> None:
     """Set the order of methods beside the orders that papers print, from the stored rows alone.
@@ -200,10 +212,19 @@ def compare(
     Published tables of CNNs stand beside CNNs, those of transformers beside transformers, where both
     have three methods and a score in common. Prints how far the orders agree; the page names the pairs
     that disagree, and in what each table differs from the run.
+
+    With --against, all lines of the run are set against one of them, image by image: how much better or
+    worse each is, with an interval and a p value.
     """
     from faithmap import boards
 
-    _exit(boards.compare(runs, with_ or [], out, OUT))
+    if against is None:
+        if score is not None:
+            raise RequestError("--score goes with --against, which names the line to compare with")
+        _exit(boards.compare(runs, with_ or [], out, OUT))
+    if with_:
+        raise RequestError("--with compares with papers, --against with a line of the run; give one of them")
+    _exit(boards.compare_lines(runs, against, score or PRIMARY_SCORE, out, OUT))
 
 
 @app.command("list")

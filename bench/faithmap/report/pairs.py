@@ -1,0 +1,81 @@
+"""Every line's difference from one of them, as Markdown and as a table for a terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import pandas as pd
+
+from faithmap.columns import column_of
+from faithmap.report._format import bounds, code, count, heading, known, number, records, table
+from faithmap.report._provenance import plain
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+_HEADER = ("Explainer", "Difference", "p", "p, adjusted", "Verdict")
+_LEGEND = (
+    "*Difference*: the mean over images of the explainer's score less the baseline's, both on the same "
+    "images, with a 95% BCa bootstrap interval. *p*: paired sign-flip test; *adjusted* for all lines of a "
+    "table (Holm). *Verdict*: empty where the adjusted p is above 0.05. The interval is each pair's own, so "
+    "that one of many may leave out zero without a verdict. Lines that are not ranked, as controls and "
+    "nulls, are in italics."
+)
+
+
+def pairs_table(lines: pd.DataFrame) -> Table:
+    """For a terminal: one section for each model and dataset; controls and nulls are dimmed."""
+    from rich.table import Table
+    from rich.text import Text
+
+    drawn = Table(title=Text(_title(lines)), header_style="bold", pad_edge=False)
+    for place, column in enumerate(_HEADER):
+        drawn.add_column(column, justify="right" if 0 < place < len(_HEADER) - 1 else "left", no_wrap=True)
+    for (model, dataset), here in lines.groupby(["model", "dataset"], sort=False):
+        drawn.add_section()
+        drawn.add_row(Text(f"{model} / {dataset}, {_images(here)}", style="italic"))
+        for line in records(here):
+            style = "" if line["status"] == "ok" else "dim"
+            drawn.add_row(*(Text(field) for field in [str(line["explainer"]), *_fields(line)]), style=style)
+    return drawn
+
+
+def render_pairs(lines: pd.DataFrame, left_out: Sequence[str]) -> str:
+    """The page: a table for each model and dataset, and what is not compared."""
+    parts = [f"# {_title(lines, code)}", _LEGEND]
+    for (model, dataset), here in lines.groupby(["model", "dataset"], sort=False):
+        body = [[_name(line), *_fields(line)] for line in records(here)]
+        parts += [f"## {code(model)} on {code(dataset)}", f"{_images(here)}.", table(_HEADER, body)]
+    parts += [f"Not compared: {plain(line)}." for line in left_out]
+    return "\n\n".join(parts) + "\n"
+
+
+def _title(lines: pd.DataFrame, quoted: Any = str) -> str:
+    first = lines.iloc[0]
+    return f"{heading(column_of(str(first['score'])))}: differences from {quoted(first['against'])}"
+
+
+def _name(line: Mapping[str, Any]) -> str:
+    return code(line["explainer"]) if line["status"] == "ok" else f"*{code(line['explainer'])}*"
+
+
+def _images(lines: pd.DataFrame) -> str:
+    measured = lines.loc[lines["n"] > 0, "n"]
+    low, high = (int(measured.min()), int(measured.max())) if len(measured) else (0, 0)
+    return count(low, "image") if low == high else f"{low} to {high} images"
+
+
+def _fields(line: Mapping[str, Any]) -> list[str]:
+    if not line["n"]:
+        return ["", "", "", str(line["status"]).partition(":")[0]]
+    ends = bounds(line, "difference")
+    apart = number("difference", line["difference"])
+    shown = f"{apart} [{ends[0]}, {ends[1]}]" if ends else apart
+    return [shown, _chance(line["p"]), _chance(line["p_holm"]), str(line["verdict"])]
+
+
+def _chance(p: float) -> str:
+    if not known(p):
+        return ""
+    return "<0.001" if p < 0.001 else f"{p:.3f}"

@@ -1,0 +1,175 @@
+"""One line against all others: differences by hand, planted shifts, errors of the family, and pages."""
+
+from __future__ import annotations
+
+import io
+import itertools
+import math
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+from rich.console import Console
+
+import slow_rows
+from faithmap import pairs
+from faithmap.errors import RequestError
+from faithmap.evidence import Evidence, read_evidence
+from faithmap.report.pairs import pairs_table, render_pairs
+
+SHIFTS = {"gradcam": 0.0, "scan": 3.0, "layercam": -3.0, "saliency": 0.0}
+
+
+def cells_of(rows: pd.DataFrame, **given: Any) -> list[Evidence]:
+    return read_evidence(rows, slow_rows.manifest(**given))
+
+
+def shifted(metric: str = "auc_d", noise: float = 0.0, images: int = 24) -> list[Evidence]:
+    """Scores of `gradcam`, and of the others the same plus a number and noise of their own."""
+    rows = slow_rows.Rows()
+    base = rows.rng.normal(0, 20, images)
+    for name, shift in SHIFTS.items():
+        own = 0.0 if name == "gradcam" else rows.rng.normal(0, noise, images)
+        for image, value in enumerate(base + shift + own):
+            rows.add(name, f"img{image:05d}", metric, float(value))
+    return cells_of(rows.frame(), methods=tuple(SHIFTS), controls=(), images=images)
+
+
+def by_label(lines: pd.DataFrame) -> dict[str, Any]:
+    return {line["explainer"]: line for line in lines.to_dict("records")}
+
+
+class TestDifferences:
+    def test_they_are_the_means_over_the_images_that_both_have(self) -> None:
+        rows = slow_rows.run()
+        lost = rows["explainer"].eq("layercam") & rows["metric"].eq("energy_pg")
+        rows.loc[lost & rows["image_id"].isin(["img00003", "img00004"]), ["value", "status"]] = [
+            np.nan,
+            "skipped",
+        ]
+        found = by_label(pairs.differences(cells_of(rows), "gradcam", "energy_pg"))
+        assert set(found) == {"scan", "layercam", "saliency", "centre", "random-grid", "random"}
+        ours = rows[rows["metric"].eq("energy_pg") & ~rows["params"].str.contains("null")]
+        for label, line in found.items():
+            apart = []
+            for image in sorted(set(ours["image_id"])):
+                here = ours[ours["image_id"] == image]
+                one, other = (here.loc[here["explainer"] == name, "value"] for name in (label, "gradcam"))
+                if one.notna().all() and other.notna().all():
+                    apart.append(one.mean() - other.mean())
+            assert line["n"] == len(apart) == (19 if label == "layercam" else 21)
+            assert line["difference"] == pytest.approx(np.mean(apart), abs=1e-5)
+            assert line["difference_low"] < line["difference"] < line["difference_high"]
+
+    def test_the_highest_comes_first_and_a_shift_has_no_width(self) -> None:
+        lines = pairs.differences(shifted(), "gradcam")
+        assert list(lines["explainer"]) == ["scan", "saliency", "layercam"]
+        assert list(lines["difference"]) == list(lines["difference_low"]) == list(lines["difference_high"])
+        assert list(lines["difference"]) == pytest.approx([3, 0, -3], abs=1e-5)
+        assert list(lines["verdict"]) == ["better", "", "worse"]
+        assert lines["p"][1] == lines["p_holm"][1] == 1
+
+    @pytest.mark.parametrize(
+        ("score", "above", "below"), [("average_drop", "worse", "better"), ("area", "higher", "lower")]
+    )
+    def test_the_verdict_knows_which_way_is_better(self, score: str, above: str, below: str) -> None:
+        assert list(pairs.differences(shifted(score), "gradcam", score)["verdict"]) == [above, "", below]
+
+    def test_its_p_value_is_that_of_all_sign_flips(self) -> None:
+        (cell,) = shifted(noise=4.0, images=9)
+        found = by_label(pairs.differences([cell], "gradcam"))
+        for label, line in found.items():
+            apart = cell.score(label, "auc_d") - cell.score("gradcam", "auc_d")
+            means = [abs(np.mean(apart * flips)) for flips in itertools.product((-1, 1), repeat=apart.size)]
+            exact = np.mean(np.array(means) >= abs(apart.mean()) - 1e-9)
+            assert line["p"] == pytest.approx(exact, abs=0.02)
+
+    def test_a_column_of_the_board_names_a_score_too(self) -> None:
+        cells = cells_of(slow_rows.run())
+        by_row, by_column = (
+            pairs.differences(cells, "scan", name) for name in ("auc_d@label", "auc_d_label")
+        )
+        pd.testing.assert_frame_equal(by_row, by_column)
+        assert set(by_row["score"]) == {"auc_d@label"}
+
+    def test_a_control_may_be_the_baseline(self) -> None:
+        found = by_label(pairs.differences(cells_of(slow_rows.run()), "centre"))
+        assert found["scan"]["verdict"] == "better" and found["random-grid"]["verdict"] == "worse"
+        assert found["random-grid"]["status"] == "null"
+
+    def test_where_the_baseline_is_missing_it_is_said(self) -> None:
+        where = (("shapes/resnet", "shapes"), ("shapes/vit", "shapes"))
+        rows = slow_rows.run(cells=where)
+        rows = rows[~(rows["model"].eq("shapes/vit") & rows["explainer"].eq("scan"))]
+        cells = cells_of(rows, models=("shapes/resnet", "shapes/vit"))
+        assert set(pairs.differences(cells, "scan")["model"]) == {"shapes/resnet"}
+        (said,) = pairs.without_baseline(cells, "scan")
+        assert said == "shapes/vit on shapes: 'scan' has no auc_d, not ranked: no rows"
+        left = pairs.differences(cells, "gradcam")
+        (line,) = left[left["model"].eq("shapes/vit") & left["explainer"].eq("scan")].to_dict("records")
+        assert line["n"] == 0 and math.isnan(line["difference"]) and math.isnan(line["p_holm"])
+        assert line["verdict"] == "" and left["explainer"].iloc[-1] == "scan"
+
+    @pytest.mark.parametrize(
+        ("label", "score", "message"),
+        [
+            ("gradcan", "auc_d", "no explainer 'gradcan' to set the others against; did you mean 'gradcam'"),
+            ("scan", "aucd", "no score 'aucd' of single images; did you mean 'auc_d'"),
+            ("scan", "ms_per_image", "'ms_per_image' is a cost"),
+            ("scan", "fit_seconds", "'fit_seconds' is a cost"),
+            ("scan", "win", "no score 'win' of single images; known are: area, auc_d"),
+        ],
+    )
+    def test_wrong_requests(self, label: str, score: str, message: str) -> None:
+        with pytest.raises(RequestError, match=message):
+            pairs.differences(cells_of(slow_rows.run()), label, score)
+
+    def test_a_baseline_without_any_value(self) -> None:
+        rows = slow_rows.run()
+        cells = cells_of(rows[rows["explainer"] != "scan"])
+        with pytest.raises(RequestError, match="'scan' has no auc_d on any model and dataset"):
+            pairs.differences(cells, "scan")
+
+
+class TestHolm:
+    def test_step_by_step(self) -> None:
+        """By the rule: the k-th smallest of m is rejected at level / (m - k + 1), if all before it are."""
+        rng = np.random.default_rng(0)
+        for _ in range(50):
+            values = [float(p) for p in rng.uniform(0, 0.1, 6)]
+            adjusted = pairs.holm(values)
+            for level in (0.01, 0.05, 0.2):
+                rejected = set()
+                for before, place in enumerate(sorted(range(6), key=values.__getitem__)):
+                    if values[place] > level / (6 - before):
+                        break
+                    rejected.add(place)
+                assert rejected == {place for place, p in enumerate(adjusted) if p <= level}
+
+    def test_any_error_among_many_true_nulls_is_as_rare_as_promised(self) -> None:
+        rng = np.random.default_rng(1)
+        wrong = np.mean([min(pairs.holm(list(rng.uniform(size=12)))) <= 0.05 for _ in range(4000)])
+        assert 0.04 < wrong < 0.06
+
+    def test_tests_that_were_not_made_count_for_nothing(self) -> None:
+        assert pairs.holm([math.nan, 0.03, math.nan, 0.01])[1::2] == pytest.approx([0.03, 0.02])
+        assert all(math.isnan(p) for p in pairs.holm([math.nan, math.nan])) and pairs.holm([]) == []
+
+
+class TestPages:
+    def test_both_have_every_line_of_every_cell(self) -> None:
+        where = (("shapes/resnet", "shapes"), ("shapes/vit", "shapes"))
+        rows = slow_rows.run(cells=where)
+        rows = rows[~(rows["model"].eq("shapes/vit") & rows["explainer"].eq("saliency"))]
+        cells = cells_of(rows, models=[model for model, _ in where])
+        lines = pairs.differences(cells, "gradcam")
+        page = render_pairs(lines, ["shapes/b|d on shapes: 'gradcam' has no auc_d"])
+        console = Console(width=100, file=io.StringIO())
+        console.print(pairs_table(lines))
+        for text in (page, console.file.getvalue()):
+            assert "AUC-D: differences from" in text and text.count("24 images") == 2
+            assert text.count("layercam") == 2 and text.count("saliency") == 2
+            assert "better" in text and "worse" in text and "<0.001" in text
+        assert "| *`random`* |" in page and "| *`saliency`* |  |  |  | not ranked |" in page
+        assert page.endswith("Not compared: shapes/b\\|d on shapes: 'gradcam' has no auc\\_d.\n")
