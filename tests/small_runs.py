@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import subprocess
 import sys
 from pathlib import Path
 
 import pandas as pd
+from rich.console import Console
 
-from faithmap import runner
+from faithmap import cli, runner
 from faithmap.store import KEY_COLUMNS
 
 TIMED = r"ms_|peak_mb"
@@ -92,7 +95,17 @@ def command(*words: str, place: Path) -> list[str]:
 
 
 def call(*words: str, place: Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(command(*words, place=place), capture_output=True, text=True, cwd=place)
+    """The same command in this process: a new one would import for seconds what is here already."""
+    _, _, _, *typed = command(*words, place=place)
+    streams = io.StringIO(), io.StringIO()
+    kept = cli.OUT, cli.ERR
+    cli.OUT, cli.ERR = (Console(file=stream, width=80) for stream in streams)
+    try:
+        with contextlib.chdir(place):
+            code = cli.main(typed)
+    finally:
+        cli.OUT, cli.ERR = kept
+    return subprocess.CompletedProcess(typed, code, *(stream.getvalue() for stream in streams))
 
 
 def comparable(rows: pd.DataFrame) -> pd.DataFrame:

@@ -39,8 +39,20 @@ def test_every_explainer_is_tried_on_a_model(plugin: Plugin) -> None:
     assert [model for model in models if not undefined(plugin, model, EVERYTHING)]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("plugin", registry.plugins("explainer"), ids=lambda plugin: plugin.name)
+#: Calls are repeated a hundred times where something might stay. Of each way to make a map one is tried in
+#: every run of the tests: features and gradients, a fitted decoder, gates that are optimised, rules for
+#: relevance, attention, captum's gradients; all of them where minutes do not count.
+WATCHED = {"gradcam", "scan", "infocam", "lrp", "rollout", "deeplift"}
+
+
+@pytest.mark.parametrize(
+    "plugin",
+    [
+        pytest.param(each, marks=pytest.mark.slow if each.name in WATCHED else pytest.mark.long)
+        for each in registry.plugins("explainer")
+    ],
+    ids=lambda plugin: plugin.name,
+)
 def test_explainers_do_not_grow_the_process(plugin: Plugin) -> None:
     """On the first of the two networks that the method is defined for."""
     name = next(name for name, make in MODELS.items() if not undefined(plugin, make(), EVERYTHING))

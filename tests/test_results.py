@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,13 @@ AGAINST = sorted(RESULTS.glob("*/against-*.md"))
 COMPARED = sorted(page.parent.name for page in RESULTS.glob("*/published.md"))
 
 
+@cache
+def published(name: str) -> tuple[pd.DataFrame, dict[str, Any], pd.DataFrame]:
+    """Rows, manifest and board of a folder; of the large ones the board takes seconds."""
+    rows, manifest = read_run(RESULTS / name)
+    return rows, manifest, build_board(rows, manifest)
+
+
 def test_the_quickstart_is_published() -> None:
     assert "quickstart" in BOARDS
 
@@ -39,7 +47,7 @@ def test_a_board_is_rebuilt_from_its_rows_byte_for_byte(name: str, tmp_path: Pat
         assert (tmp_path / file).read_bytes() == (held / file).read_bytes(), file
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_order_under_other_variants_is_rebuilt_byte_for_byte(tmp_path: Path) -> None:
     held, new = RESULTS / "quickstart-variants", tmp_path / "new"
     shutil.copytree(held, new)
@@ -79,9 +87,9 @@ def test_a_page_of_differences_from_one_line_is_rebuilt_byte_for_byte(page: Path
 def test_the_reading_of_equation_nine_that_is_the_default_is_the_one_that_the_dev_part_supports() -> None:
     """On both convolutional networks 9a leads 9b with the whole interval; on the transformer neither does."""
     assert registry.get("explainer", "scan").parameters["weighting"] == "amplified"
-    rows, manifest = read_run(RESULTS / "scan-readings")
+    _, manifest, board = published("scan-readings")
     assert manifest["settings"]["part"] == "dev"
-    for model, cell in build_board(rows, manifest).groupby("model"):
+    for model, cell in board.groupby("model"):
         line = cell.set_index("explainer")
         apart = line.loc["scan", "auc_d_low"] > line.loc["scan (9b)", "auc_d_high"]
         assert apart == (model != "shapes/vit"), model
@@ -105,8 +113,7 @@ def test_a_board_names_what_it_was_made_of(name: str) -> None:
 
 @pytest.fixture(scope="module")
 def quickstart() -> tuple[pd.DataFrame, dict[str, Any], pd.DataFrame]:
-    rows, manifest = read_run(RESULTS / "quickstart")
-    return rows, manifest, build_board(rows, manifest)
+    return published("quickstart")
 
 
 def test_the_quickstart_covers_what_it_promises(quickstart: Any) -> None:
@@ -164,11 +171,10 @@ EXPENSIVE = {"rise", "lime"}
     [("shapes-methods", 256, 3, set()), ("imagenet-baselines", 100, 2, EXPENSIVE)],
 )
 def test_the_baselines_are_all_there(name: str, images: int, models: int, left: set[str]) -> None:
-    rows, manifest = read_run(RESULTS / name)
+    _, manifest, board = published(name)
     wanted = {plugin.name for plugin in registry.plugins("explainer")} - OWN - left
     entries = manifest["explainers"]
     assert {entry["name"] for entry in entries.values()} - OWN == wanted
-    board = build_board(rows, manifest)
     board = board[[entries[label]["name"] in wanted for label in board["explainer"]]]
     assert len(board) == models * len(wanted) and board["model"].nunique() == models
     skipped = board["status"].str.startswith("skipped")
@@ -177,20 +183,18 @@ def test_the_baselines_are_all_there(name: str, images: int, models: int, left: 
 
 
 def test_the_methods_stand_beside_all_baselines() -> None:
-    rows, manifest = read_run(RESULTS / "shapes-methods")
+    _, manifest, board = published("shapes-methods")
     assert {entry["name"] for entry in manifest["explainers"].values()} >= OWN
-    board = build_board(rows, manifest)
-    held = {label: entry["params"] for label, entry in manifest["explainers"].items()}
-    assert held["rise"]["n_masks"] == 8000 and held["lime"]["n_samples"] == 1000
+    given = {label: entry["params"] for label, entry in manifest["explainers"].items()}
+    assert given["rise"]["n_masks"] == 8000 and given["lime"]["n_samples"] == 1000
     assert set(board[board["explainer"].isin(["rise", "lime", "scan", "scorecam++", "infocam"])]["n"]) == {
         256
     }
 
 
 def test_the_expensive_ones_are_scored_at_their_published_budgets() -> None:
-    rows, manifest = read_run(RESULTS / "imagenet-rise-lime")
-    held = {entry["name"]: entry["params"] for entry in manifest["explainers"].values()}
-    assert held["rise"]["n_masks"] == 8000 and held["lime"]["n_samples"] == 1000
-    board = build_board(rows, manifest)
+    _, manifest, board = published("imagenet-rise-lime")
+    given = {entry["name"]: entry["params"] for entry in manifest["explainers"].values()}
+    assert given["rise"]["n_masks"] == 8000 and given["lime"]["n_samples"] == 1000
     lines = board[board["explainer"].isin(sorted(EXPENSIVE))]
     assert len(lines) == 4 and (lines["n"] >= 30).all() and (lines["status"] == "ok").all()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -95,9 +95,9 @@ def _added(total: Estimate, group: Group, at_most: str = "") -> Estimate:
     costs = _measure(group, [task for task in group.tasks if due[task.cell.key]])
     forwards, seconds = (sum(due[key] * cost[i] for key, cost in costs.items()) for i in (0, 1))
     labels = {task.cell.key: task.cell.label for task in group.tasks}
-    by_label: Counter[str] = Counter()
+    by_label: dict[str, float] = {}
     for key, cost in costs.items():
-        by_label[labels[key]] += due[key] * cost[1]
+        by_label[labels[key]] = by_label.get(labels[key], 0.0) + due[key] * cost[1]
     said = f" ({group.said})" if group.said else ""
     already = f", {stored} of them stored" if stored else ""
     line = (
@@ -114,11 +114,12 @@ def _added(total: Estimate, group: Group, at_most: str = "") -> Estimate:
     )
 
 
-def _dearest(by_label: Counter[str]) -> str:
+def _dearest(by_label: Mapping[str, float]) -> str:
     """Where most of the time goes, of what has a choice of lines."""
-    if len(by_label) <= DEAREST or not (whole := by_label.total()):
+    if len(by_label) <= DEAREST or not (whole := sum(by_label.values())):
         return ""
-    shares = [f"{label} {seconds / whole:.0%}" for label, seconds in by_label.most_common(DEAREST)]
+    dearest = sorted(by_label.items(), key=lambda item: -item[1])[:DEAREST]
+    shares = [f"{label} {seconds / whole:.0%}" for label, seconds in dearest]
     return f" (dearest: {', '.join(shares)})"
 
 
