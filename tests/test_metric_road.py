@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -14,6 +16,7 @@ from torch.nn import functional as F
 
 import slow_metrics as slow
 import slow_metrics_removal as removal
+from faithmap import perturb
 from faithmap.batch import Batch, Scored, seed_of
 from faithmap.errors import RequestError
 from faithmap.models import Model
@@ -36,9 +39,31 @@ def smooth(count: int, side: int, seed: int = 0) -> Tensor:
     return F.interpolate(coarse, size=(side, side), mode="bilinear", align_corners=False).clamp(0.05, 0.95)
 
 
+def filled_exactly(images: Tensor, keep: Tensor, noise: Tensor) -> Tensor:
+    """`perturb.noisy_linear` by a direct solve, image by image."""
+    made = []
+    for image, stays, added in zip(images, keep[:, 0], noise.expand(images.shape), strict=True):
+        filled = slow.noisy_linear_exact(image, stays).float()
+        made.append(torch.where(stays, filled, (filled + added).clamp(0, 1)))
+    return torch.stack(made)
+
+
 @settings(max_examples=8, deadline=None)
 @given(st.integers(0, 1000), st.sampled_from([(20, 40, 60, 80), (10, 90), (35,)]), st.booleans())
 def test_every_score_is_its_definition(seed: int, percentiles: tuple[int, ...], tied: bool) -> None:
+    """With the fill solved exactly; how far off the metric's own is, test_perturb.py says."""
+    with mock.patch.object(perturb, "noisy_linear", filled_exactly):
+        is_defined(seed, percentiles, tied, dict.fromkeys(READINGS, 1e-3))
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_the_approximate_fill_moves_scores_by_little(seed: int) -> None:
+    """Where two classes are level, a small error of the fill may turn the decision of a step."""
+    is_defined(seed, (20, 40, 60, 80), False, {"": 25.001, "@label": 25.001, "@probability": 1.5})
+
+
+def is_defined(seed: int, percentiles: tuple[int, ...], tied: bool, slack: Mapping[str, float]) -> None:
+    """Every reading of both orders is that of the slow rewrite, up to its slack."""
     model = slow.model_of(slow.Glance(seed=seed), SIDE)
     images = smooth(2, SIDE, seed)
     targets, labels = torch.tensor([0, 2]), torch.tensor([1, 3])
@@ -58,10 +83,8 @@ def test_every_score_is_its_definition(seed: int, percentiles: tuple[int, ...], 
         ]  # fmt: skip
         for reading in READINGS:
             morf, lerf = (100 * float(np.mean(curve[reading])) for curve in curves)
-            # Where two classes are level, a small error of the fill may turn the decision of a step.
-            slack = 1.5 if reading == "@probability" else 100 / len(percentiles) + 1e-3
             for name, expected in (("road_morf", morf), ("road_lerf", lerf)):
-                assert found[name + reading].values[i].item() == pytest.approx(expected, abs=slack)
+                assert found[name + reading].values[i].item() == pytest.approx(expected, abs=slack[reading])
                 stored = found[name + reading].curves
                 assert stored is not None and stored.shape == (2, len(percentiles))
                 assert 100 * stored[i].double().mean() == pytest.approx(found[name + reading].values[i])
