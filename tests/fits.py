@@ -10,6 +10,7 @@ from typing import Any
 
 from conftest import plugins_restored
 from rich.console import Console
+from small_runs import printing_to
 
 from faithmap import cli, registry, training
 from faithmap.data import choose, load_dataset
@@ -49,13 +50,10 @@ def asked(model: Model, n: int = 12, **changes: Any) -> training.Training:
 def typed(*words: object) -> tuple[int, str]:
     """Type a command: its exit code and all that it printed."""
     stream = io.StringIO()
-    console, kept = Console(file=stream, width=300), (cli.OUT, cli.ERR)
-    cli.OUT = cli.ERR = console
-    try:
-        more = ["--threads", "1"] if words[0] == "train" and "--threads" not in words else []
+    console = Console(file=stream, width=300)
+    more = ["--threads", "1"] if words[0] == "train" and "--threads" not in words else []
+    with printing_to(console, console):
         return cli.main([*(str(word) for word in words), *more]), stream.getvalue()
-    finally:
-        cli.OUT, cli.ERR = kept
 
 
 class KilledError(BaseException):

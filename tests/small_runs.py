@@ -6,6 +6,7 @@ import contextlib
 import io
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pandas as pd
@@ -90,6 +91,17 @@ def lay_out(folder: Path) -> None:
     (folder / "small.toml").write_text(CONFIG.format(limit=12))
 
 
+@contextlib.contextmanager
+def printing_to(out: Console, err: Console) -> Iterator[None]:
+    """Commands in this process print there."""
+    kept = cli.OUT, cli.ERR
+    cli.OUT, cli.ERR = out, err
+    try:
+        yield
+    finally:
+        cli.OUT, cli.ERR = kept
+
+
 def command(*words: str, place: Path) -> list[str]:
     return [sys.executable, "-m", "faithmap.cli", "run", *words, "--plugin", str(place / "squares.py")]
 
@@ -98,13 +110,8 @@ def call(*words: str, place: Path) -> subprocess.CompletedProcess[str]:
     """The same command in this process: a new one would import for seconds what is here already."""
     _, _, _, *typed = command(*words, place=place)
     streams = io.StringIO(), io.StringIO()
-    kept = cli.OUT, cli.ERR
-    cli.OUT, cli.ERR = (Console(file=stream, width=80) for stream in streams)
-    try:
-        with contextlib.chdir(place):
-            code = cli.main(typed)
-    finally:
-        cli.OUT, cli.ERR = kept
+    with printing_to(*(Console(file=stream, width=80) for stream in streams)), contextlib.chdir(place):
+        code = cli.main(typed)
     return subprocess.CompletedProcess(typed, code, *(stream.getvalue() for stream in streams))
 
 

@@ -125,36 +125,19 @@ class TestDifferences:
         with pytest.raises(RequestError, match=message):
             pairs.differences(cells_of(slow_rows.run()), label, score)
 
+    def test_a_run_of_one_line(self) -> None:
+        rows = slow_rows.run(plan={"scan": (0.9, 12.0)})
+        cells = cells_of(rows[rows["explainer"] == "scan"], methods=("scan",), controls=())
+        with pytest.raises(
+            RequestError, match="no line beside 'scan' to set against it; run another explainer"
+        ):
+            pairs.differences(cells, "scan")
+
     def test_a_baseline_without_any_value(self) -> None:
         rows = slow_rows.run()
         cells = cells_of(rows[rows["explainer"] != "scan"])
         with pytest.raises(RequestError, match="'scan' has no auc_d on any model and dataset"):
             pairs.differences(cells, "scan")
-
-
-class TestHolm:
-    def test_step_by_step(self) -> None:
-        """By the rule: the k-th smallest of m is rejected at level / (m - k + 1), if all before it are."""
-        rng = np.random.default_rng(0)
-        for _ in range(50):
-            values = [float(p) for p in rng.uniform(0, 0.1, 6)]
-            adjusted = pairs.holm(values)
-            for level in (0.01, 0.05, 0.2):
-                rejected = set()
-                for before, place in enumerate(sorted(range(6), key=values.__getitem__)):
-                    if values[place] > level / (6 - before):
-                        break
-                    rejected.add(place)
-                assert rejected == {place for place, p in enumerate(adjusted) if p <= level}
-
-    def test_any_error_among_many_true_nulls_is_as_rare_as_promised(self) -> None:
-        rng = np.random.default_rng(1)
-        wrong = np.mean([min(pairs.holm(list(rng.uniform(size=12)))) <= 0.05 for _ in range(4000)])
-        assert 0.04 < wrong < 0.06
-
-    def test_tests_that_were_not_made_count_for_nothing(self) -> None:
-        assert pairs.holm([math.nan, 0.03, math.nan, 0.01])[1::2] == pytest.approx([0.03, 0.02])
-        assert all(math.isnan(p) for p in pairs.holm([math.nan, math.nan])) and pairs.holm([]) == []
 
 
 class TestPages:

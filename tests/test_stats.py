@@ -390,3 +390,28 @@ class TestLetterGroups:
         for i in range(len(decided)):
             for j in range(i + 1, len(decided)):
                 assert bool(letters[i] & letters[j]) == (not decided[i, j])
+
+
+class TestHolm:
+    def test_step_by_step(self) -> None:
+        """By the rule: the k-th smallest of m is rejected at level / (m - k + 1), if all before it are."""
+        rng = np.random.default_rng(0)
+        for _ in range(50):
+            values = [float(p) for p in rng.uniform(0, 0.1, 6)]
+            adjusted = stats.holm(values)
+            for level in (0.01, 0.05, 0.2):
+                rejected = set()
+                for before, place in enumerate(sorted(range(6), key=values.__getitem__)):
+                    if values[place] > level / (6 - before):
+                        break
+                    rejected.add(place)
+                assert rejected == {place for place, p in enumerate(adjusted) if p <= level}
+
+    def test_any_error_among_many_true_nulls_is_as_rare_as_promised(self) -> None:
+        rng = np.random.default_rng(1)
+        wrong = np.mean([min(stats.holm(list(rng.uniform(size=12)))) <= 0.05 for _ in range(4000)])
+        assert 0.04 < wrong < 0.06
+
+    def test_tests_that_were_not_made_count_for_nothing(self) -> None:
+        assert stats.holm([math.nan, 0.03, math.nan, 0.01])[1::2] == pytest.approx([0.03, 0.02])
+        assert all(math.isnan(p) for p in stats.holm([math.nan, math.nan])) and stats.holm([]) == []

@@ -31,9 +31,7 @@ def rebuild(runs: Sequence[Path], out: Path | None, console: Console) -> int:
         raise RequestError("several runs make one board in a folder of its own; name it with --out")
     if len(runs) > 1 and out is not None and out.resolve() in {run.resolve() for run in runs}:
         raise RequestError(f"--out {out} is one of the runs; several make one board in a folder of its own")
-    rows, manifest = read_runs(runs)
-    if rows.empty:
-        raise RequestError(f"{runs[0]} holds no rows yet; run it first")
+    rows, manifest = _rows(runs)
     cells = read_evidence(rows, manifest)  # raises what is wrong with them before anything is replaced
     board = board_of(cells)
     target = out or runs[0]
@@ -69,10 +67,7 @@ def compare(runs: Sequence[Path], wanted: Sequence[str], out: Path | None, conso
     if out is not None and out.suffix != ".md":
         raise RequestError(f"--out {out}: the page is Markdown; give a file that ends in .md")
     figures = chosen_figures(wanted)
-    rows, manifest = read_runs(runs)
-    if rows.empty:
-        raise RequestError(f"{runs[0]} holds no rows yet; run it first")
-    sections = set_beside(read_evidence(rows, manifest), figures, named=bool(wanted))
+    sections = set_beside(read_evidence(*_rows(runs)), figures, named=bool(wanted))
     if any(section.comparisons for section in sections):
         for drawn in figures_tables(sections) if wanted else ():
             console.print(drawn)
@@ -98,10 +93,7 @@ def compare_lines(runs: Sequence[Path], label: str, score: str, out: Path | None
 
     if out is not None and out.suffix not in (".md", ".csv"):
         raise RequestError(f"--out {out}: give a file that ends in .md, for a page, or in .csv")
-    rows, manifest = read_runs(runs)
-    if rows.empty:
-        raise RequestError(f"{runs[0]} holds no rows yet; run it first")
-    cells = read_evidence(rows, manifest)
+    cells = read_evidence(*_rows(runs))
     lines = pairs.differences(cells, label, score)
     left_out = pairs.without_baseline(cells, label, score)
     console.print(pairs_table(lines))
@@ -110,6 +102,14 @@ def compare_lines(runs: Sequence[Path], label: str, score: str, out: Path | None
     if out is not None:
         _write(out, board_csv(lines) if out.suffix == ".csv" else render_pairs(lines, left_out), console)
     return 0
+
+
+def _rows(runs: Sequence[Path]) -> tuple[pd.DataFrame, dict[str, Any]]:
+    """What runs hold, which must be something."""
+    rows, manifest = read_runs(runs)
+    if rows.empty:
+        raise RequestError(f"{runs[0]} holds no rows yet; run it first")
+    return rows, manifest
 
 
 def _write(file: Path, text: str, console: Console) -> None:

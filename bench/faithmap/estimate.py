@@ -73,6 +73,7 @@ def estimate(config: Config, out: str | Path | None = None, *, fresh: bool = Fal
         for group in make_groups(grid, settings, library):
             if held is not None:
                 group.find_done(store)
+            _warm_up(group)
             total = _added(total, group)
         if library is not None:
             for universe, groups in multiverse.planned(grid, settings, library):
@@ -94,10 +95,9 @@ def _added(total: Estimate, group: Group, at_most: str = "") -> Estimate:
         due[task.cell.key] += len(missing_images(group, shard, [task]).samples)
     costs = _measure(group, [task for task in group.tasks if due[task.cell.key]])
     forwards, seconds = (sum(due[key] * cost[i] for key, cost in costs.items()) for i in (0, 1))
-    labels = {task.cell.key: task.cell.label for task in group.tasks}
     by_label: dict[str, float] = {}
-    for key, cost in costs.items():
-        by_label[labels[key]] = by_label.get(labels[key], 0.0) + due[key] * cost[1]
+    for cell in (task.cell for task in group.tasks if task.cell.key in costs):
+        by_label[cell.label] = by_label.get(cell.label, 0.0) + due[cell.key] * costs[cell.key][1]
     said = f" ({group.said})" if group.said else ""
     already = f", {stored} of them stored" if stored else ""
     line = (
@@ -146,22 +146,28 @@ def _fits(grid: Grid) -> list[str]:
     return lines
 
 
+def _warm_up(group: Group) -> None:
+    """Do what is done once in a process, such as importing what a metric needs: it is no image's time."""
+    shard = replace(group.shards[0], samples=group.shards[0].samples[:1])
+    due = [task for each in group.shards for task in group.pending(each)]
+    # Without the library, from which the map would be had for nothing when it is measured.
+    alone = replace(group, done={}, unreadable=set(), library=None)
+    for _ in run_shard(alone, shard, due[:1]):
+        pass
+
+
 def _measure(group: Group, tasks: Sequence[Task]) -> dict[str, tuple[float, float]]:
     """Forwards and seconds an image of some tasks, by the keys of their cells, as if nothing were stored.
 
-    What tasks share, such as reading an image, counts for the first of them. What is done once in a process,
-    such as importing what a metric needs, is done before and counts for nothing.
+    What tasks share, such as reading an image, counts for the first of them.
     """
     if not tasks:
         return {}
     shard = replace(group.shards[0], samples=group.shards[0].samples[:SAMPLE])
-    group = replace(group, done={}, unreadable=set())
-    for _ in run_shard(group, replace(shard, samples=shard.samples[:1]), tasks[:1]):
-        pass
     costs: dict[str, tuple[float, float]] = {}
     with group.model.counting() as meter:
         forwards, started = meter.forwards, time.perf_counter()
-        for unit in run_shard(group, shard, tasks):
+        for unit in run_shard(replace(group, done={}, unreadable=set()), shard, tasks):
             now = time.perf_counter()
             spent, taken = meter.forwards - forwards, now - started
             costs[unit.cell.key] = (spent / len(shard.samples), taken / len(shard.samples))

@@ -16,10 +16,6 @@ from faithmap.evidence import Evidence
 from faithmap.records import PRIMARY_SCORE
 from faithmap.standing import run_seed, shared_scores, status_of
 
-COLUMNS = (
-    "model", "dataset", "explainer", "score", "against", "n", "difference", "difference_low",
-    "difference_high", "p", "p_holm", "verdict", "status",
-)  # fmt: skip
 #: What a difference is called whose adjusted p value is at most 1 - stats.LEVEL, by the score's direction.
 _VERDICTS = {"higher": ("better", "worse"), "lower": ("worse", "better"), "none": ("higher", "lower")}
 
@@ -53,12 +49,14 @@ def differences(
         raise RequestError(
             f"the run has no explainer '{label}' to set the others against; {nearest(label, asked)}"
         )
-    able = [cell for cell in cells if np.isfinite(cell.score(label, name)).any()]
+    if asked == [label]:
+        raise RequestError(f"the run has no line beside '{label}' to set against it; run another explainer")
+    able = [cell for cell in cells if _measured(cell, label, name)]
     if not able:
         why = next((f" ({cell.skipped[label]})" for cell in cells if label in cell.skipped), "")
         raise RequestError(f"'{label}' has no {name} on any model and dataset of the run{why}")
     lines = [line for cell in able for line in _lines(cell, label, name, resamples)]
-    return pd.DataFrame(lines, columns=list(COLUMNS))
+    return pd.DataFrame(lines)
 
 
 def without_baseline(cells: Sequence[Evidence], label: str, score: str = PRIMARY_SCORE) -> list[str]:
@@ -67,24 +65,12 @@ def without_baseline(cells: Sequence[Evidence], label: str, score: str = PRIMARY
     return [
         f"{cell.model} on {cell.dataset}: '{label}' has no {name}, {status_of(cell, label)}"
         for cell in cells
-        if not np.isfinite(cell.score(label, name)).any()
+        if not _measured(cell, label, name)
     ]
 
 
-def holm(values: Sequence[float]) -> list[float]:
-    """Holm's adjusted p values: any at most a is significant with a chance of a for any error.
-
-    NaN, a test that was not made, stays NaN and counts for nothing.
-
-    >>> [round(p, 3) for p in holm([0.01, 0.04, 0.03])]
-    [0.03, 0.06, 0.06]
-    """
-    made = sorted((p, place) for place, p in enumerate(values) if math.isfinite(p))
-    adjusted, reached = [math.nan] * len(values), 0.0
-    for before, (p, place) in enumerate(made):
-        reached = max(reached, min(1.0, (len(made) - before) * p))
-        adjusted[place] = reached
-    return adjusted
+def _measured(cell: Evidence, label: str, score: str) -> bool:
+    return bool(np.isfinite(cell.score(label, score)).any())
 
 
 def _score_of(cells: Sequence[Evidence], score: str) -> str:
@@ -103,7 +89,7 @@ def _score_of(cells: Sequence[Evidence], score: str) -> str:
 def _lines(cell: Evidence, label: str, score: str, resamples: int) -> list[dict[str, Any]]:
     lines = [_line(cell, other, label, score, resamples) for other in cell.explainers if other != label]
     above, below = _VERDICTS[direction(score, cell.manifest)]
-    for line, adjusted in zip(lines, holm([line["p"] for line in lines]), strict=True):
+    for line, adjusted in zip(lines, stats.holm([line["p"] for line in lines]), strict=True):
         line["p_holm"] = adjusted
         if adjusted <= 1 - stats.LEVEL:
             line["verdict"] = above if line["difference"] > 0 else below

@@ -52,6 +52,12 @@ def bounds(line: Mapping[str, Any], column: str) -> tuple[str, str] | None:
     return (number(column, low), number(column, high)) if known(low) and known(high) else None
 
 
+def with_bounds(line: Mapping[str, Any], column: str) -> str:
+    """A field as text, with the ends of its interval where there are any: `2.5 [1.0, 4.1]`."""
+    text, ends = number(column, line.get(column)), bounds(line, column)
+    return f"{text} [{ends[0]}, {ends[1]}]" if text and ends else text
+
+
 def rank_text(line: Mapping[str, Any]) -> str:
     """A rank with its interval, as `2 (1-4)`; a dash where the line is not ranked."""
     if not known(line.get("rank")):

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
 from faithmap.columns import column_of
-from faithmap.report._format import bounds, code, count, heading, known, number, records, table
+from faithmap.report._format import code, count, heading, known, records, table, with_bounds
 from faithmap.report._provenance import plain
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ def render_pairs(lines: pd.DataFrame, left_out: Sequence[str]) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def _title(lines: pd.DataFrame, quoted: Any = str) -> str:
+def _title(lines: pd.DataFrame, quoted: Callable[[str], str] = str) -> str:
     first = lines.iloc[0]
     return f"{heading(column_of(str(first['score'])))}: differences from {quoted(first['against'])}"
 
@@ -69,10 +69,12 @@ def _images(lines: pd.DataFrame) -> str:
 def _fields(line: Mapping[str, Any]) -> list[str]:
     if not line["n"]:
         return ["", "", "", str(line["status"]).partition(":")[0]]
-    ends = bounds(line, "difference")
-    apart = number("difference", line["difference"])
-    shown = f"{apart} [{ends[0]}, {ends[1]}]" if ends else apart
-    return [shown, _chance(line["p"]), _chance(line["p_holm"]), str(line["verdict"])]
+    return [
+        with_bounds(line, "difference"),
+        _chance(line["p"]),
+        _chance(line["p_holm"]),
+        str(line["verdict"]),
+    ]
 
 
 def _chance(p: float) -> str:

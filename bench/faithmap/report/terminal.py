@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
-from faithmap.report._format import bounds, by_rank, heading, known, number, rank_text, records
+from faithmap.report._format import by_rank, heading, known, number, rank_text, records, with_bounds
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -43,9 +43,7 @@ def summary_table(board: pd.DataFrame) -> Table:
 
 
 def _fields(line: Mapping[str, Any]) -> list[str]:
-    score, ends = number("auc_d", line["auc_d"]), bounds(line, "auc_d")
-    if score and ends:
-        score = f"{score} [{ends[0]}, {ends[1]}]"
+    score = with_bounds(line, "auc_d")
     status = str(line["status"])
     if status not in ("ok", "control", "null") and not known(line["auc_d"]):
         score = status if len(status) <= 40 else f"{status[:39]}\N{HORIZONTAL ELLIPSIS}"
