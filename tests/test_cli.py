@@ -283,10 +283,24 @@ class TestCompare:
                 means[model, line["explainer"]] - means[model, "gradcam"], abs=2e-3
             )
 
+    def test_lines_of_each_method_against_its_first(self, typed, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+        file, runs = tmp_path / "pairs.csv", self.BOARD.parent / "infocam-open-points"
+        code, shown = typed("compare", runs, "--within", "--out", file)
+        assert code == 0, shown
+        assert "differences from infocam" in shown and f"wrote {file}" in shown
+        written = pd.read_csv(file)
+        assert set(written["against"]) == {"infocam"} and written["explainer"].nunique() == 17
+        assert not {"iba", "gradcam", "random"} & set(written["explainer"])
+        code, shown = typed("compare", self.BOARD, "--within")
+        assert code == 2 and "no method of the run has two lines with auc_d" in shown
+
     def test_wrong_requests_of_a_line_are_one_sentence(self, typed, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
         for words, message in (
-            (["--score", "auc_d"], "--score goes with --against"),
+            (["--score", "auc_d"], "--score goes with --against or --within"),
             (["--against", "gradcam", "--with", "scan-2026"], "give one of them"),
+            (["--against", "gradcam", "--within"], "give one of them"),
+            (["--within", "--with", "scan-2026"], "give one of them"),
+            (["--within", "--score", "win"], "no score 'win' of single images"),
             (["--against", "gradcan"], "did you mean 'gradcam'"),
             (["--against", "gradcam", "--score", "peak_mb"], "'peak_mb' is a cost"),
             (["--against", "gradcam", "--out", tmp_path / "page.txt"], "ends in .md, for a page, or in .csv"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import itertools
 import math
@@ -34,6 +35,15 @@ def shifted(metric: str = "auc_d", noise: float = 0.0, images: int = 24) -> list
         for image, value in enumerate(base + shift + own):
             rows.add(name, f"img{image:05d}", metric, float(value))
     return cells_of(rows.frame(), methods=tuple(SHIFTS), controls=(), images=images)
+
+
+def as_lines_of(methods: dict[str, str], cells: list[Evidence]) -> list[Evidence]:
+    """The same evidence, with some labels as lines of one method."""
+    manifest = dict(cells[0].manifest)
+    entries = manifest["explainers"]
+    named = {label: {**entries[label], "name": method} for label, method in methods.items()}
+    manifest["explainers"] = {**entries, **named}
+    return [dataclasses.replace(cell, manifest=manifest) for cell in cells]
 
 
 def by_label(lines: pd.DataFrame) -> dict[str, Any]:
@@ -138,6 +148,65 @@ class TestDifferences:
         cells = cells_of(rows[rows["explainer"] != "scan"])
         with pytest.raises(RequestError, match="'scan' has no auc_d on any model and dataset"):
             pairs.differences(cells, "scan")
+
+
+#: Labels that TestWithin takes as lines of another method.
+LINES = {"layercam": "gradcam", "saliency": "scan", "centre": "scan"}
+
+
+class TestWithin:
+    def test_each_line_is_set_against_the_first_of_its_method(self) -> None:
+        cells = as_lines_of(LINES, cells_of(slow_rows.run()))
+        found = by_label(pairs.within(cells, "average_drop"))
+        asked = {label: line["against"] for label, line in found.items()}
+        assert asked == {"layercam": "gradcam", "saliency": "scan", "centre": "scan"}
+        for label, first in asked.items():
+            alone = by_label(pairs.differences(cells, first, "average_drop"))[label]
+            same = ("difference", "difference_low", "difference_high", "p", "n", "status", "score")
+            assert [found[label][key] for key in same] == [alone[key] for key in same]
+
+    def test_the_lines_of_all_methods_are_one_family(self) -> None:
+        lines = pairs.within(as_lines_of(LINES, cells_of(slow_rows.run())))
+        by_p = sorted(lines.to_dict("records"), key=lambda line: line["p"])
+        highest = 0.0
+        for place, line in enumerate(by_p):
+            highest = max(highest, min(1.0, line["p"] * (len(by_p) - place)))
+            assert line["p_holm"] == pytest.approx(highest)
+
+    def test_where_the_first_was_not_measured_the_next_takes_its_place(self) -> None:
+        rows = slow_rows.run()
+        cells = as_lines_of({"layercam": "gradcam", "saliency": "gradcam"},
+                            cells_of(rows[rows["explainer"] != "gradcam"]))  # fmt: skip
+        (line,) = pairs.within(cells).to_dict("records")
+        assert (line["explainer"], line["against"]) == ("saliency", "layercam")
+        assert pairs.unmeasured(cells) == ["shapes/resnet on shapes: gradcam (not ranked: no rows)"]
+
+    def test_what_is_missing_for_one_reason_is_told_in_one_sentence(self) -> None:
+        rows = slow_rows.run()
+        gone = rows["explainer"].isin(["gradcam", "layercam", "saliency"])
+        cells = as_lines_of(LINES, cells_of(rows[~gone]))
+        (line,) = pairs.within(cells).to_dict("records")
+        assert (line["explainer"], line["against"]) == ("centre", "scan")
+        (said,) = pairs.unmeasured(cells)
+        assert said == "shapes/resnet on shapes: gradcam, layercam, saliency (not ranked: no rows)"
+
+    def test_a_run_without_second_lines(self) -> None:
+        with pytest.raises(RequestError, match="no method of the run has two lines with auc_d; give one"):
+            pairs.within(cells_of(slow_rows.run()))
+
+    def test_each_line_of_the_pages_names_its_baseline(self) -> None:
+        cells = as_lines_of(LINES, cells_of(slow_rows.run()))
+        page = render_pairs(pairs.within(cells), pairs.unmeasured(cells))
+        console = Console(width=120, file=io.StringIO())
+        console.print(pairs_table(pairs.within(cells)))
+        for text in (page, console.file.getvalue()):
+            assert "AUC-D: differences from the first line of each method" in text and "From" in text
+        assert "| `layercam` | `gradcam` |" in page and "| *`centre`* | `scan` |" in page
+
+    def test_lines_of_one_method_alone_read_like_those_against_a_label(self) -> None:
+        cells = as_lines_of({"layercam": "gradcam"}, cells_of(slow_rows.run()))
+        page = render_pairs(pairs.within(cells), [])
+        assert page.startswith("# AUC-D: differences from `gradcam`\n") and "From" not in page
 
 
 class TestPages:

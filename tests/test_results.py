@@ -22,6 +22,7 @@ RESULTS = Path(__file__).parents[1] / "results"
 BOARDS = sorted(folder.parent.name for folder in RESULTS.glob("*/manifest.json"))
 MEASURED = sorted(page.parent.name for page in RESULTS.glob(f"*/{equation_nine.FILES[1]}"))
 AGAINST = sorted(RESULTS.glob("*/against-*.md"))
+WITHIN = sorted(RESULTS.glob("*/within.md"))
 COMPARED = sorted(page.parent.name for page in RESULTS.glob("*/published.md"))
 
 
@@ -76,10 +77,10 @@ def test_a_page_on_equation_nine_is_rebuilt_from_its_lines_byte_for_byte(name: s
     assert page.read_text(encoding="utf-8") == equation_nine.page(equation_nine.read_lines(lines))
 
 
-@pytest.mark.parametrize("page", AGAINST, ids=lambda page: f"{page.parent.name}-{page.stem}")
-def test_a_page_of_differences_from_one_line_is_rebuilt_byte_for_byte(page: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("page", [*AGAINST, *WITHIN], ids=lambda page: f"{page.parent.name}-{page.stem}")
+def test_a_page_of_paired_differences_is_rebuilt_byte_for_byte(page: Path, tmp_path: Path) -> None:
     new = tmp_path / "page.md"
-    label = page.stem.removeprefix("against-")
+    label = None if page in WITHIN else page.stem.removeprefix("against-")
     assert boards.compare_lines([page.parent], label, "auc_d", new, Console(quiet=True)) == 0
     assert page.read_bytes() == new.read_bytes()
 

@@ -84,8 +84,13 @@ def compare(runs: Sequence[Path], wanted: Sequence[str], out: Path | None, conso
     return 0
 
 
-def compare_lines(runs: Sequence[Path], label: str, score: str, out: Path | None, console: Console) -> int:
-    """Set every line of a run against one of them; write the page or the table where one is named."""
+def compare_lines(
+    runs: Sequence[Path], label: str | None, score: str, out: Path | None, console: Console
+) -> int:
+    """Set every line of a run against one of them; write the page or the table where one is named.
+
+    Without a label, the lines of each method are set against the first of them.
+    """
     from faithmap import pairs
     from faithmap.evidence import read_evidence
     from faithmap.leaderboard import board_csv
@@ -94,8 +99,10 @@ def compare_lines(runs: Sequence[Path], label: str, score: str, out: Path | None
     if out is not None and out.suffix not in (".md", ".csv"):
         raise RequestError(f"--out {out}: give a file that ends in .md, for a page, or in .csv")
     cells = read_evidence(*_rows(runs))
-    lines = pairs.differences(cells, label, score)
-    left_out = pairs.without_baseline(cells, label, score)
+    if label is None:
+        lines, left_out = pairs.within(cells, score), pairs.unmeasured(cells, score)
+    else:
+        lines, left_out = pairs.differences(cells, label, score), pairs.without_baseline(cells, label, score)
     console.print(pairs_table(lines))
     for said in left_out:
         console.print(f"not compared: {said}", markup=False, highlight=False, soft_wrap=True)

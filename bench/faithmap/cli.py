@@ -199,12 +199,19 @@ def compare(
             help="Instead of papers, one of the run's own lines: every other one's difference from it.",
         ),
     ] = None,
+    within: Annotated[
+        bool,
+        typer.Option("--within", help="Instead of papers, the lines of each method against its first."),
+    ] = False,
     score: Annotated[
-        str | None, typer.Option(metavar="NAME", help="With --against, the score; by default auc_d.")
+        str | None,
+        typer.Option(metavar="NAME", help="With --against or --within, the score; by default auc_d."),
     ] = None,
     out: Annotated[
         Path | None,
-        typer.Option(help="Write the whole comparison to this Markdown file; with --against to .md or .csv."),
+        typer.Option(
+            help="Write the whole comparison to this Markdown file; of the run's own lines, to .md or .csv."
+        ),
     ] = None,
 ) -> None:
     """Set the order of methods beside the orders that papers print, from the stored rows alone.
@@ -214,16 +221,20 @@ def compare(
     that disagree, and in what each table differs from the run.
 
     With --against, all lines of the run are set against one of them, image by image: how much better or
-    worse each is, with an interval and a p value.
+    worse each is, with an interval and a p value. With --within, the same of every line that is a method
+    with other parameters, against the first line of that method.
     """
     from faithmap import boards
 
-    if against is None:
+    if [bool(with_), against is not None, within].count(True) > 1:
+        raise RequestError(
+            "--with compares with papers, --against with a line of the run, --within with the first line of "
+            "each method; give one of them"
+        )
+    if against is None and not within:
         if score is not None:
-            raise RequestError("--score goes with --against, which names the line to compare with")
+            raise RequestError("--score goes with --against or --within, which say what to compare with")
         _exit(boards.compare(runs, with_ or [], out, OUT))
-    if with_:
-        raise RequestError("--with compares with papers, --against with a line of the run; give one of them")
     _exit(boards.compare_lines(runs, against, score or PRIMARY_SCORE, out, OUT))
 
 

@@ -103,6 +103,10 @@ class Evidence:
         """ "method", "control" or "null"."""
         return str(self.manifest.get("explainers", {}).get(label, {}).get("role", "method"))
 
+    def method(self, label: str) -> str:
+        """The registry name of a line's explainer, which lines with other parameters share."""
+        return str(self.manifest.get("explainers", {}).get(label, {}).get("name", label))
+
     def unreliable(self, label: str) -> str:
         """Which plugin of a line fails checks of the kit, so that it is not ranked; empty where none does."""
         for kind, name, what in (

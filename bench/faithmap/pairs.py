@@ -1,8 +1,12 @@
-"""One line of a board as the baseline of all others, image by image: which differences are real?"""
+"""Lines of a board against a baseline, image by image: which differences are real?
+
+The baseline is one line for all others (`differences`), or for each method its own first line (`within`).
+"""
 
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -55,7 +59,46 @@ def differences(
     if not able:
         why = next((f" ({cell.skipped[label]})" for cell in cells if label in cell.skipped), "")
         raise RequestError(f"'{label}' has no {name} on any model and dataset of the run{why}")
-    lines = [line for cell in able for line in _lines(cell, label, name, resamples)]
+    lines: list[dict[str, Any]] = []
+    for cell in able:
+        found = _lines(cell, [(other, label) for other in cell.explainers if other != label], name, resamples)
+        lines += sorted(found, key=lambda line: -line["difference"] if line["n"] else math.inf)
+    return pd.DataFrame(lines)
+
+
+def within(
+    cells: Sequence[Evidence], score: str = PRIMARY_SCORE, *, resamples: int = stats.RESAMPLES
+) -> pd.DataFrame:
+    """Paired differences of the lines of each method from the first of them: what its parameters change.
+
+    Args:
+        cells: the evidence of a run, as `evidence.read_evidence` gives it.
+        score: as `differences` takes it.
+        resamples: of the bootstrap.
+
+    Returns:
+        What `differences` returns, in the order of the request. `against` is the first line of the method
+        that was measured there, and `p_holm` is adjusted for all lines of the model and dataset, over all
+        methods. Lines without a value are left out, and named by `unmeasured`.
+
+    Raises:
+        RequestError: no method has two lines, or the cells have not the score.
+    """
+    name = _score_of(cells, score)
+    lines: list[dict[str, Any]] = []
+    for cell in cells:
+        first: dict[str, str] = {}
+        for label in cell.explainers:
+            if _measured(cell, label, name):
+                first.setdefault(cell.method(label), label)
+        others = [each for each in cell.explainers if each not in first.values()]
+        asked = [(each, first[cell.method(each)]) for each in others if _measured(cell, each, name)]
+        lines += _lines(cell, asked, name, resamples)
+    if not lines:
+        raise RequestError(
+            f"no method of the run has two lines with {name}; give one of them a second set of parameters, "
+            "as name[key=value]"
+        )
     return pd.DataFrame(lines)
 
 
@@ -67,6 +110,18 @@ def without_baseline(cells: Sequence[Evidence], label: str, score: str = PRIMARY
         for cell in cells
         if not _measured(cell, label, name)
     ]
+
+
+def unmeasured(cells: Sequence[Evidence], score: str = PRIMARY_SCORE) -> list[str]:
+    """The lines of methods with several that `within` leaves out, in words; those of one reason together."""
+    name = _score_of(cells, score)
+    said: dict[tuple[str, str], list[str]] = {}
+    for cell in cells:
+        several = Counter(map(cell.method, cell.explainers))
+        for label in cell.explainers:
+            if several[cell.method(label)] > 1 and not _measured(cell, label, name):
+                said.setdefault((f"{cell.model} on {cell.dataset}", status_of(cell, label)), []).append(label)
+    return [f"{where}: {', '.join(labels)} ({why})" for (where, why), labels in said.items()]
 
 
 def _measured(cell: Evidence, label: str, score: str) -> bool:
@@ -86,14 +141,17 @@ def _score_of(cells: Sequence[Evidence], score: str) -> str:
     raise RequestError(f"the run has no score '{score}' of single images; {nearest(score, known)}")
 
 
-def _lines(cell: Evidence, label: str, score: str, resamples: int) -> list[dict[str, Any]]:
-    lines = [_line(cell, other, label, score, resamples) for other in cell.explainers if other != label]
+def _lines(
+    cell: Evidence, asked: Sequence[tuple[str, str]], score: str, resamples: int
+) -> list[dict[str, Any]]:
+    """Lines of a cell and their baselines, as one family."""
+    lines = [_line(cell, other, label, score, resamples) for other, label in asked]
     above, below = _VERDICTS[direction(score, cell.manifest)]
     for line, adjusted in zip(lines, stats.holm([line["p"] for line in lines]), strict=True):
         line["p_holm"] = adjusted
         if adjusted <= 1 - stats.LEVEL:
             line["verdict"] = above if line["difference"] > 0 else below
-    return sorted(lines, key=lambda line: -line["difference"] if line["n"] else math.inf)
+    return lines
 
 
 def _line(cell: Evidence, other: str, label: str, score: str, resamples: int) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Every line's difference from one of them, as Markdown and as a table for a terminal."""
+"""Differences of lines from a baseline, as Markdown and as a table for a terminal."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 _HEADER = ("Explainer", "Difference", "p", "p, adjusted", "Verdict")
+_FROM = "From"
 _LEGEND = (
     "*Difference*: the mean over images of the explainer's score less the baseline's, both on the same "
     "images, with a 95% BCa bootstrap interval. *p*: paired sign-flip test; *adjusted* for all lines of a "
@@ -30,30 +31,43 @@ def pairs_table(lines: pd.DataFrame) -> Table:
     from rich.text import Text
 
     drawn = Table(title=Text(_title(lines)), header_style="bold", pad_edge=False)
-    for place, column in enumerate(_HEADER):
-        drawn.add_column(column, justify="right" if 0 < place < len(_HEADER) - 1 else "left", no_wrap=True)
+    header = _header(lines)
+    for column in header:
+        named = column in (header[0], _FROM, header[-1])
+        drawn.add_column(column, justify="left" if named else "right", no_wrap=True)
     for (model, dataset), here in lines.groupby(["model", "dataset"], sort=False):
         drawn.add_section()
         drawn.add_row(Text(f"{model} / {dataset}, {_images(here)}", style="italic"))
         for line in records(here):
             style = "" if line["status"] == "ok" else "dim"
-            drawn.add_row(*(Text(field) for field in [str(line["explainer"]), *_fields(line)]), style=style)
+            fields = [str(line["explainer"]), *([line["against"]] if _FROM in header else []), *_fields(line)]
+            drawn.add_row(*(Text(field) for field in fields), style=style)
     return drawn
 
 
 def render_pairs(lines: pd.DataFrame, left_out: Sequence[str]) -> str:
     """The page: a table for each model and dataset, and what is not compared."""
     parts = [f"# {_title(lines, code)}", _LEGEND]
+    header = _header(lines)
     for (model, dataset), here in lines.groupby(["model", "dataset"], sort=False):
-        body = [[_name(line), *_fields(line)] for line in records(here)]
-        parts += [f"## {code(model)} on {code(dataset)}", f"{_images(here)}.", table(_HEADER, body)]
+        body = [
+            [_name(line), *([code(line["against"])] if _FROM in header else []), *_fields(line)]
+            for line in records(here)
+        ]
+        parts += [f"## {code(model)} on {code(dataset)}", f"{_images(here)}.", table(header, body)]
     parts += [f"Not compared: {plain(line)}." for line in left_out]
     return "\n\n".join(parts) + "\n"
 
 
 def _title(lines: pd.DataFrame, quoted: Callable[[str], str] = str) -> str:
     first = lines.iloc[0]
-    return f"{heading(column_of(str(first['score'])))}: differences from {quoted(first['against'])}"
+    baseline = "the first line of each method" if _FROM in _header(lines) else quoted(first["against"])
+    return f"{heading(column_of(str(first['score'])))}: differences from {baseline}"
+
+
+def _header(lines: pd.DataFrame) -> tuple[str, ...]:
+    """The columns; where baselines differ, every line names its own."""
+    return (_HEADER[0], _FROM, *_HEADER[1:]) if lines["against"].nunique() > 1 else _HEADER
 
 
 def _name(line: Mapping[str, Any]) -> str:
