@@ -17,24 +17,27 @@ if TYPE_CHECKING:
     version=1, source="Muhammad and Yeasin 2020 (arXiv:2008.00299)",
     class_specific=False, forwards=1, backwards=0,
 )  # fmt: skip
-def eigencam(model: Model, batch: Batch, *, layer: str | None = None, centre: bool = False) -> Maps:
-    """Features of every cell along the direction in which they are largest.
+def eigencam(model: Model, batch: Batch, *, layer: str | None = None, centre: bool = True) -> Maps:
+    """Features of every cell along the direction in which they vary most.
 
-    With O the matrix of features, one row a cell and one column a channel, and O = U S V^T its
-    singular value decomposition, L = O v_1. Neither class nor gradient enters. Shape (B, h, w) of the
-    features' grid; unit: that of the features. Not negative where features are rectified, else signed:
-    the paper has no ReLU.
+    With O the matrix of features, one row a cell and one column a channel, each channel less its mean
+    over the cells, and O = U S V^T its singular value decomposition, L = O v_1. Neither class nor
+    gradient enters. Shape (B, h, w) of the features' grid; unit: that of the features; signed, as the
+    paper has no ReLU.
 
     A singular vector is determined up to its sign only, which the paper leaves to chance. Here it is
     the one with which the cell of the largest size is positive (Chung and Ying 2025,
-    doi:10.3390/app15137562, eq. 13). Rectified features then give a map without negative cells.
+    doi:10.3390/app15137562, eq. 13). Rectified features that are not centred then give a map without
+    negative cells.
+
+    Deviation: the paper does not centre; pytorch-grad-cam does (with a ReLU behind it, and a sign left
+    to chance), and the dev part supports it.
 
     Args:
         model: the model.
         batch: images; targets play no part.
         layer: dotted name of the layer; the model's target layer by default.
-        centre: subtract each channel's mean over the cells first, as pytorch-grad-cam does (with a
-            ReLU behind it, and a sign left to chance); the paper does not.
+        centre: subtract each channel's mean over the cells first; false as in the paper.
     """
     import torch
 

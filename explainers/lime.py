@@ -33,7 +33,7 @@ def lime(
     sigma: float = 1.0,
     kernel_width: float = 0.25,
     penalty: float = 1.0,
-    fill: str = "segment",
+    fill: str = "mean",
     score: str = "probability",
 ) -> Maps:
     """Coefficients of a linear model of the score, fitted near the image, painted on its superpixels.
@@ -44,9 +44,10 @@ def lime(
     of the score.
 
     Published: the defaults of the authors' image explainer, which the paper leaves open: 1000
-    samples, the width 0.25, cosine distance, the penalty 1, all superpixels kept, probabilities,
-    hidden superpixels in their own mean colour. Deviation: superpixels come from SLIC, where the
-    authors' default is quickshift; the paper names neither.
+    samples, the width 0.25, cosine distance, the penalty 1, all superpixels kept, probabilities.
+    Deviations: superpixels come from SLIC, where the authors' default is quickshift, the paper names
+    neither; hidden superpixels are in the image's mean colour, theirs in their own ("segment"), which
+    the dev part speaks against.
 
     Args:
         model: the model.
@@ -57,7 +58,7 @@ def lime(
         sigma: smoothing before SLIC, in pixels.
         kernel_width: width of the kernel, above 0; distances lie in [0, 1].
         penalty: of the squared coefficients, 0 or more.
-        fill: what a hidden superpixel shows: "segment", "black", "mean" or "blur".
+        fill: what a hidden superpixel shows: "mean", "segment", "black" or "blur".
         score: "probability" (softmax over the classes) or "logit".
     """
     from faithmap.errors import RequestError

@@ -14,15 +14,15 @@ if TYPE_CHECKING:
 
 
 @explainer(version=1, source="Simonyan et al. 2014 (arXiv:1312.6034), sec. 3.1", forwards=1, backwards=1)
-def saliency(model: Model, batch: Batch, *, abs: bool = False) -> Maps:
-    """Gradient of the target's logit with respect to the pixels, summed over the channels.
+def saliency(model: Model, batch: Batch, *, abs: bool = True) -> Maps:
+    """Gradient of the target's logit with respect to the pixels, the largest magnitude of the channels.
 
-    Signed by default. Shape (B, H, W); unit: logit per full range of a channel.
+    Shape (B, H, W); not negative, signed with abs=False; unit: logit per full range of a channel.
 
     Args:
         model: the model.
         batch: images with targets.
-        abs: the paper's reading: the largest absolute gradient of a pixel's channels, not negative.
+        abs: the paper's reading, by default; else the signed gradient, summed over the channels.
     """
     from captum.attr import Saliency
 

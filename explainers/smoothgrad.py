@@ -14,8 +14,8 @@ if TYPE_CHECKING:
     from faithmap.batch import Batch, Maps
     from faithmap.models import Model
 
-#: What is averaged over the noisy images: gradients, their magnitudes, or their squares.
-KINDS = ("signed", "abs", "square")
+#: What is averaged over the noisy images: squares of gradients, their magnitudes, or themselves.
+KINDS = ("square", "abs", "signed")
 
 
 def _passes(model: Model, params: Mapping[str, Any]) -> float:
@@ -28,26 +28,26 @@ def _passes(model: Model, params: Mapping[str, Any]) -> float:
     forwards=_passes, backwards=_passes, check_params={"n_samples": 6},
 )  # fmt: skip
 def smoothgrad(
-    model: Model, batch: Batch, *, n_samples: int = 50, noise: float = 0.15, kind: str = "signed"
+    model: Model, batch: Batch, *, n_samples: int = 50, noise: float = 0.15, kind: str = "square"
 ) -> Maps:
-    """Gradient of the target's logit averaged over copies of the image with Gaussian noise.
+    """Squared gradient of the target's logit averaged over copies of the image with Gaussian noise.
 
-    M(x) = 1/n sum_i dS(x + N(0, sigma^2))/dx, summed over the channels. Shape (B, H, W); signed,
-    not negative for the other kinds; unit: logit per full range of a channel, its square for
-    "square".
+    M(x) = 1/n sum_i (dS(x + N(0, sigma^2))/dx)^2, summed over the channels. Shape (B, H, W); not
+    negative, unless kind is "signed"; unit: logit per full range of a channel, squared by default.
 
     Published: n = 50 and sigma between 10% and 20% of the image's range of values; 15% lies between
-    and is what the authors' library takes. Noisy pixels are not clipped, as there. The paper leaves
-    the sign open and finds magnitudes better on natural images; signed is the rule for all gradient
-    maps here, "abs" averages magnitudes and "square" is the variant SmoothGrad-Squared (Hooker et
-    al. 2019). captum's NoiseTunnel is not used, because its noise depends on the batch.
+    and is what the authors' library takes. Noisy pixels are not clipped, as there. The paper
+    writes the gradient itself, leaves the sign open and finds magnitudes better on natural images;
+    the authors' library squares by default (SmoothGrad-Squared in Hooker et al. 2019), which the dev
+    part supports. "signed" averages gradients, "abs" their magnitudes. captum's NoiseTunnel is not
+    used, because its noise depends on the batch.
 
     Args:
         model: the model.
         batch: images with targets.
         n_samples: noisy copies an image, 1 or more.
         noise: sigma as a share of the range between the image's lowest and highest value; 0 or more.
-        kind: "signed", "abs" or "square", taken of each copy's gradient before averaging.
+        kind: "square", "abs" or "signed", taken of each copy's gradient before averaging.
     """
     import torch
 

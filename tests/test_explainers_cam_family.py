@@ -97,20 +97,20 @@ class TestEigenCAM:
         plane = torch.arange(12.0).view(3, 4) / 12
         images = plane.expand(1, 3, 3, 4).contiguous()
         batch = Batch(images, torch.tensor([0]), ("a",), Context(model, images))
-        assert torch.allclose(explain("eigencam", model, batch)[0], 5 * plane, atol=1e-6)
+        assert torch.allclose(explain("eigencam", model, batch, centre=False)[0], 5 * plane, atol=1e-6)
         # Less its mean, the same plane.
-        centred = explain("eigencam", model, batch, centre=True)[0]
+        centred = explain("eigencam", model, batch)[0]
         assert torch.allclose(centred, 5 * (plane - plane.mean()), atol=1e-6)
 
-    def test_rectified_features_give_no_negative_cell(self, cnn: Model) -> None:
+    def test_rectified_features_that_are_not_centred_give_no_negative_cell(self, cnn: Model) -> None:
         batch = batch_of(cnn, 4)
         assert bool((batch.activations() >= 0).all())
-        assert float(explain("eigencam", cnn, batch).min()) >= -1e-6
+        assert float(explain("eigencam", cnn, batch, centre=False).min()) >= -1e-6
 
-    def test_centred_equals_the_librarys_whole_result_or_its_negative(
+    def test_it_equals_the_librarys_whole_result_or_its_negative(
         self, model: Model, batch: Batch
     ) -> None:
-        maps = explain("eigencam", model, batch, centre=True)
+        maps = explain("eigencam", model, batch)
         expected = library("eigen_cam", "EigenCAM", model, batch)
         positive, negative = (finished((sign * maps).clamp_min(0), batch) for sign in (1, -1))
         for i in range(len(batch)):

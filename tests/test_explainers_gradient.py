@@ -21,16 +21,16 @@ class TestSaliency:
     def test_is_the_weight_of_a_linear_model(self) -> None:
         model = make_linear()
         weights = pixel_weights(model)[:3]
-        maps = explain("saliency", model, some_batch(model))
-        assert torch.allclose(maps, weights.sum(1), atol=1e-6)
-        largest = explain("saliency", model, some_batch(model), abs=True)
+        largest = explain("saliency", model, some_batch(model))
         assert torch.allclose(largest, weights.abs().amax(1), atol=1e-6)
+        signed = explain("saliency", model, some_batch(model), abs=False)
+        assert torch.allclose(signed, weights.sum(1), atol=1e-6)
 
     def test_is_the_slope_of_the_logit(self, model: Model, batch: Batch) -> None:
         model.double()
         images = batch.images.double()
         batch = Batch(images, batch.targets, batch.ids, Context(model, images))
-        maps = explain("saliency", model, batch)
+        maps = explain("saliency", model, batch, abs=False)
         step = torch.zeros_like(images)
         step[:, :, 7, 9] = 1e-3
         with torch.no_grad():

@@ -223,7 +223,7 @@ class TestLime:
     def test_defaults_are_the_authors(self) -> None:
         defaults = registry.get("explainer", "lime").parameters
         assert (defaults["n_samples"], defaults["kernel_width"], defaults["penalty"]) == (1000, 0.25, 1.0)
-        assert (defaults["fill"], defaults["score"]) == ("segment", "probability")
+        assert defaults["score"] == "probability"
 
 
 class TestKernelShap:

@@ -57,7 +57,7 @@ def test_one_run_holds_both(tmp_path: Path) -> None:
         .groupby("params")["value"]
         .mean()
     )
-    assert list(values.index) == ['{"abs":false,"map_grid":12}', '{"abs":false}']
+    assert list(values.index) == ['{"abs":true,"map_grid":12}', '{"abs":true}']
     assert values.iloc[0] != values.iloc[1]
     assert {"saliency", "saliency[map_grid=12]"} <= set(done.leaderboard()["explainer"])
     assert set(rows["map_grid"]) == {"native"}
