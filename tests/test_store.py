@@ -184,6 +184,16 @@ def test_a_published_folder_is_a_run_folder(store: RunStore, tmp_path: Path) -> 
     assert again.drop(columns="curve").equals(rows.drop(columns="curve"))
 
 
+def test_a_published_folder_keeps_the_curves_of_its_board(store: RunStore, tmp_path: Path) -> None:
+    store.write(
+        "cell", "one", [row(metric=name) for name in ("pos_auc", "ms_per_image", "pos_auc@probability")]
+    )
+    publish(*read_run(store.path), tmp_path / "published")
+    again, _ = read_run(tmp_path / "published")
+    kept = {line["metric"] for line in again.to_dict("records") if line["curve"] is not None}
+    assert kept == {"pos_auc", "ms_per_image"} and len(again) == 3
+
+
 def test_a_folder_without_a_run_is_refused(tmp_path: Path) -> None:
     with pytest.raises(RequestError, match="holds no run"):
         read_run(tmp_path)

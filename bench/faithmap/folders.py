@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pyarrow as pa
 
+from faithmap._curves import CURVE_SCORES
+from faithmap.columns import is_time
 from faithmap.errors import FaithmapError, RequestError
 from faithmap.sources import COST, joined, refuse_other_meanings
 from faithmap.store import KEY_COLUMNS, MANIFEST, SCHEMA, RunStore, write_table
@@ -148,6 +150,9 @@ def _refuse_other_images(paths: Sequence[str | Path], tables: Sequence[pd.DataFr
 def publish(rows: pd.DataFrame, manifest: Mapping[str, Any], out: Path) -> None:
     """Write rows and manifest into a folder of their own, from which the board can be rebuilt.
 
+    Of the curves only those are kept that a board is made of, which are drawn, and times one by one: those of
+    probabilities alone would be half of the file.
+
     Raises:
         RequestError: the folder holds a run, or something else than a published board.
     """
@@ -156,6 +161,8 @@ def publish(rows: pd.DataFrame, manifest: Mapping[str, Any], out: Path) -> None:
     held = store.manifest()
     if held is not None and held["cells"] != [PUBLISHED]:
         raise RequestError(f"{out} holds a run of its own, which the board would damage; name another folder")
+    read = [score for score in rows["metric"].unique() if score in CURVE_SCORES or is_time(score)]
+    rows = rows.assign(curve=rows["curve"].where(rows["metric"].isin(read), None))
     table = pa.Table.from_pandas(rows, schema=SCHEMA, preserve_index=False)
     write_table(store.rows_path / PUBLISHED / "rows.parquet", table, level=SMALLEST)
     kept = {key: value for key, value in manifest.items() if key != "plan"}
