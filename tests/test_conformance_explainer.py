@@ -289,7 +289,10 @@ def test_a_broken_promise_is_told_by_its_check_alone(
     assert advice in found[check]
 
 
-@pytest.mark.parametrize("method", [keeping, keeping_images, keeping_graphs])
+@pytest.mark.parametrize(
+    "method",
+    [keeping, *(pytest.param(each, marks=pytest.mark.long) for each in (keeping_images, keeping_graphs))],
+)
 def test_growth_is_told(method: Method) -> None:
     """However small the images are on which it is looked for."""
     found = failing(checked(method, forwards=2 if method is keeping_graphs else 1, slow=True))

@@ -107,9 +107,7 @@ class TestEigenCAM:
         assert bool((batch.activations() >= 0).all())
         assert float(explain("eigencam", cnn, batch, centre=False).min()) >= -1e-6
 
-    def test_it_equals_the_librarys_whole_result_or_its_negative(
-        self, model: Model, batch: Batch
-    ) -> None:
+    def test_it_equals_the_librarys_whole_result_or_its_negative(self, model: Model, batch: Batch) -> None:
         maps = explain("eigencam", model, batch)
         expected = library("eigen_cam", "EigenCAM", model, batch)
         positive, negative = (finished((sign * maps).clamp_min(0), batch) for sign in (1, -1))

@@ -52,7 +52,9 @@ def two_objects(model: Model, most: int) -> tuple[Tensor, Tensor, Tensor]:
     return images[kept], classes[kept], masks[kept]
 
 
-@pytest.mark.parametrize(("name", "least"), [("shapes/resnet", 0.9), ("shapes/vit", 0.7)])
+@pytest.mark.parametrize(
+    ("name", "least"), [("shapes/resnet", 0.9), pytest.param("shapes/vit", 0.7, marks=pytest.mark.long)]
+)
 def test_of_two_objects_each_class_has_its_own(name: str, least: float) -> None:
     model = faithmap.load_model(name)
     images, classes, masks = two_objects(model, most=8)
@@ -147,6 +149,7 @@ def test_at_the_last_layer_the_weights_find_the_object(tmp_path: Path) -> None:
     assert abs(float((found["A_plus"] - rival).mean())) < 0.04
 
 
+@pytest.mark.long
 def test_before_the_last_layer_elements_tell_more_than_channels(tmp_path: Path) -> None:
     """On 8 images, about: density .62, channels .47, equal weights .42, Score-CAM .48."""
     model = faithmap.load_model("shapes/resnet")

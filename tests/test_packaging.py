@@ -239,7 +239,7 @@ def installed(distribution: str) -> bool:
 class TestTorchvision:
     """The shim lets everything that needs torchvision be imported, in whatever order."""
 
-    @pytest.mark.parametrize("first", ["timm", "pytorch_grad_cam"])
+    @pytest.mark.parametrize("first", [pytest.param("timm", marks=pytest.mark.long), "pytorch_grad_cam"])
     def test_the_stack_imports(self, first: str) -> None:
         code = (
             f"import faithmap\nimport {first}\nimport torchvision, timm, pytorch_grad_cam\n"

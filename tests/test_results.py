@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections import Counter
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from rich.console import Console
 
 from faithmap import boards, equation_nine, registry
 from faithmap.folders import read_run
-from faithmap.leaderboard import build_board, write_boards
+from faithmap.leaderboard import write_boards
 from faithmap.records import REFERENCE_NULL
 from faithmap.report.variants import write_variants
 
@@ -28,9 +29,9 @@ COMPARED = sorted(page.parent.name for page in RESULTS.glob("*/published.md"))
 
 @cache
 def published(name: str) -> tuple[pd.DataFrame, dict[str, Any], pd.DataFrame]:
-    """Rows, manifest and board of a folder; of the large ones the board takes seconds."""
+    """Rows, manifest and board of a folder; that the board is that of the rows has a test of its own."""
     rows, manifest = read_run(RESULTS / name)
-    return rows, manifest, build_board(rows, manifest)
+    return rows, manifest, pd.read_csv(RESULTS / name / "leaderboard.csv")
 
 
 def test_the_quickstart_is_published() -> None:
@@ -96,13 +97,55 @@ def test_the_reading_of_equation_nine_that_is_the_default_is_the_one_that_the_de
         assert apart == (model != "shapes/vit"), model
 
 
+def verdicts(page: Path) -> dict[str, Counter[str]]:
+    """Of each line of a page of differences, how many models it is better and worse on."""
+    found: dict[str, Counter[str]] = {}
+    for line in page.read_text(encoding="utf-8").splitlines():
+        fields = [field.strip(" *`") for field in line.strip("|").split("|")]
+        if line.startswith("| ") and fields[0] not in ("Explainer", ":--"):
+            found.setdefault(fields[0], Counter())[fields[-1]] += 1
+    return found
+
+
+def favoured(page: Path) -> set[str]:
+    """The lines that a default gives way to: better on two models at least, and worse on none."""
+    return {label for label, seen in verdicts(page).items() if seen["better"] >= 2 and not seen["worse"]}
+
+
+def test_defaults_of_baselines_are_those_that_the_dev_part_supports() -> None:
+    held = RESULTS / "baseline-open-points"
+    chosen = {"eigencam (centred)", "saliency (absolute)", "smoothgrad (squared)", "lime (mean)"}
+    assert favoured(held / "within.md") == chosen
+    _, manifest = read_run(held)
+    assert manifest["settings"]["part"] == "dev"
+    entries = manifest["explainers"]
+    first = {entries[label]["name"]: entries[label] for label in reversed(manifest["request"]["explainers"])}
+    seen = dict.fromkeys(entry["name"] for entry in first.values())
+    for label, entry in entries.items():
+        before = first[entry["name"]]["params"]
+        changed = {key: value for key, value in entry["params"].items() if value != before[key]}
+        defaults = registry.get("explainer", entry["name"]).parameters
+        if label in chosen:
+            assert changed and changed == {key: defaults[key] for key in changed}, label
+            seen[entry["name"]] = label
+        elif changed:
+            assert any(defaults[key] != value for key, value in changed.items()), label
+    assert {name for name, label in seen.items() if label} == {label.split(" (")[0] for label in chosen}
+
+
+def test_infocams_defaults_stay_by_the_same_rule() -> None:
+    held = RESULTS / "infocam-open-points"
+    others = favoured(held / "against-infocam.md")
+    assert not {label for label in others if label.startswith("infocam (")}
+
+
 def test_a_board_of_published_methods_stands_beside_the_papers() -> None:
     assert "imagenet-val-sample" in COMPARED
 
 
 @pytest.mark.parametrize("name", BOARDS)
 def test_a_board_names_what_it_was_made_of(name: str) -> None:
-    rows, manifest = read_run(RESULTS / name)
+    rows, manifest, _ = published(name)
     assert manifest["command"].startswith("faithmap run")
     assert manifest["commit"] and manifest["dirty"] is False
     assert set(manifest["identity"]["weights"]) == set(rows["model"])
