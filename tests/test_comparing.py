@@ -26,7 +26,7 @@ from comparisons import (
 
 import slow_comparison
 import slow_rows
-from faithmap import comparing, stats
+from faithmap import comparing, ranking
 from faithmap.comparing import chosen_figures
 from faithmap.errors import RequestError
 from faithmap.publications import publication
@@ -98,7 +98,7 @@ class TestOrders:
         found = only(sections(rows, manifest(PRINTED)))
         names = [beside.method for beside in found.methods]
         table = rows.pivot_table(index="explainer", columns="image_id", values="value").loc[names].to_numpy()
-        better = stats.rank_intervals(np.round(table * 2**20) / 2**20, resamples=300, seed=0).better
+        better = ranking.rank_intervals(np.round(table * 2**20) / 2**20, resamples=300, seed=0).better
         printed = [beside.published for beside in found.methods]
         counts = slow_comparison.verdicts(printed, better.astype(int) - better.T.astype(int))
         assert counts == {name: found.count(name) for name in counts}  # type: ignore[arg-type]

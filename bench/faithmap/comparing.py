@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from faithmap import stats
+from faithmap import ranking, stats
 from faithmap.errors import RequestError
 from faithmap.evidence import Evidence, FloatArray, snap
 from faithmap.publications import Column, Figures, Publication, Reading, publication, publications
@@ -259,10 +259,10 @@ def _set_beside(
     values = complete([cell.score(labels[method], score) for method in ordered])
     tau = (math.nan, math.nan, math.nan)
     if len(ordered) >= LEAST_METHODS:
-        tau = stats.order_agreement(
+        tau = ranking.order_agreement(
             sign * printed, sign * values, tolerance=ROUNDING, resamples=resamples, seed=seed
         )
-    apart = stats.paired_differences(values, resamples=resamples, seed=seed)
+    apart = ranking.paired_differences(values, resamples=resamples, seed=seed)
     pairs = tuple(
         _pair(ordered[i], ordered[j], float(printed[i] - printed[j]), *numbers)
         for i, j, *numbers in zip(*(part.tolist() for part in apart), strict=True)

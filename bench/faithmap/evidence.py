@@ -105,7 +105,7 @@ class Evidence:
 
     def method(self, label: str) -> str:
         """The registry name of a line's explainer, which lines with other parameters share."""
-        return str(self.manifest.get("explainers", {}).get(label, {}).get("name", label))
+        return _method(label, self.manifest)
 
     def unreliable(self, label: str) -> str:
         """Which plugin of a line fails checks of the kit, so that it is not ranked; empty where none does."""
@@ -120,6 +120,10 @@ class Evidence:
     def explainers(self) -> list[str]:
         """The labels that were asked for here, in the order of the request."""
         return asked_for(self.manifest, self.model, self.dataset)
+
+
+def _method(label: str, manifest: Mapping[str, Any]) -> str:
+    return str(manifest.get("explainers", {}).get(label, {}).get("name", label))
 
 
 def snap(values: FloatArray) -> FloatArray:
@@ -179,7 +183,7 @@ def _lines(rows: pd.DataFrame, manifest: Mapping[str, Any]) -> dict[tuple[str, s
     for label in manifest["request"]["explainers"]:
         entry = manifest.get("explainers", {}).get(label, {})
         params = {k: v for k, v in dict(entry.get("params", {})).items() if k != "draw"}
-        for name in (label, str(entry.get("name", label))):
+        for name in (label, _method(label, manifest)):
             wanted[name, canonical_json(params)] = label
     lines = {}
     for name, text in rows[["explainer", "params"]].drop_duplicates().itertuples(index=False):
@@ -310,9 +314,7 @@ def _notes(scored: pd.DataFrame) -> dict[str, dict[str, int]]:
 def _reference_line(planes: Mapping[tuple[str, str], Maps], manifest: Mapping[str, Any]) -> str | None:
     """The line that holds the reference null: one of the board, or one that is run unseen."""
     shown = [
-        label
-        for label in manifest["request"]["explainers"]
-        if manifest.get("explainers", {}).get(label, {}).get("name", label) == REFERENCE_NULL
+        label for label in manifest["request"]["explainers"] if _method(label, manifest) == REFERENCE_NULL
     ]
     for label in [*shown, _HIDDEN_NULL]:
         if (label, "") in planes and planes[label, ""].values.size:

@@ -23,7 +23,7 @@ import numpy.typing as npt
 import pandas as pd
 from scipy import stats as distributions
 
-from faithmap import stats
+from faithmap import ranking, stats
 from faithmap.columns import variant_title
 from faithmap.evidence import Evidence, FloatArray, read_evidence
 from faithmap.records import PRIMARY_SCORE, REFERENCE_NULL, VARIANTS
@@ -131,7 +131,7 @@ class Orders:
     def intervals(self) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
         """(V, M) lowest and highest rank of each method, at 95% within a variant."""
         found = [
-            stats.rank_intervals(values, resamples=self.resamples, seed=self.seed) for values in self.values
+            ranking.rank_intervals(values, resamples=self.resamples, seed=self.seed) for values in self.values
         ]
         return np.array([each.low for each in found]), np.array([each.high for each in found])
 
@@ -156,7 +156,7 @@ class Orders:
         """(V, P): the same where it is significant at 97.5% within its variant, else 0."""
         return np.array(
             [
-                stats.decided_signs(apart, EACH, self.resamples, self.seed)
+                ranking.decided_signs(apart, EACH, self.resamples, self.seed)
                 for apart in self._differences()
             ]
         )  # fmt: skip
@@ -165,7 +165,7 @@ class Orders:
     def reversed_somewhere(self) -> int:
         """Pairs that are significantly reversed between some two variants, all variants one family at 95%."""
         signs = np.array(
-            stats.family_signs(list(self._differences()), stats.LEVEL, self.resamples, self.seed)
+            ranking.family_signs(list(self._differences()), stats.LEVEL, self.resamples, self.seed)
         )
         return int(((signs > 0).any(axis=0) & (signs < 0).any(axis=0)).sum())
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from faithmap import stats
+from faithmap import ranking, stats
 from faithmap.columns import (
     BEATS,
     CALIBRATED_SCORES,
@@ -127,8 +127,8 @@ def _reversals(
         return []
     higher = direction(PRIMARY_SCORE, cell.manifest) != "lower"
     seed = run_seed(cell)
-    rank_here = stats.rank_intervals(here, higher, resamples=resamples, seed=seed)
-    rank_there = stats.rank_intervals(there, higher, resamples=resamples, seed=seed)
+    rank_here = ranking.rank_intervals(here, higher, resamples=resamples, seed=seed)
+    rank_there = ranking.rank_intervals(there, higher, resamples=resamples, seed=seed)
     return [
         Reversal(
             first, second, fill, float((here[i] - here[j]).mean()), float((there[i] - there[j]).mean()),
@@ -218,8 +218,7 @@ def _add_effects(
     cell: Evidence, lines: Mapping[str, Line], labels: Sequence[str], resamples: int, seed: int
 ) -> None:
     """Effect sizes against the reference null, for every line but the null itself."""
-    entries = cell.manifest.get("explainers", {})
-    judged = [label for label in labels if entries.get(label, {}).get("name", label) != REFERENCE_NULL]
+    judged = [label for label in labels if cell.method(label) != REFERENCE_NULL]
     for score in CALIBRATED_SCORES:
         null = cell.null_score(score)
         higher = direction(score, cell.manifest) != "lower"
@@ -290,8 +289,8 @@ def _add_win(
     drops = shared_scores(cell, field, _DROP)
     if len(field) < 2 or not drops.shape[-1]:
         return
-    found = stats.bca(snap(100 * stats.paired_win(drops)), resamples=resamples, seed=seed)
-    shares = 100 * stats.smallest_share(drops)
+    found = stats.bca(snap(100 * ranking.paired_win(drops)), resamples=resamples, seed=seed)
+    shares = 100 * ranking.smallest_share(drops)
     for label, share, *numbers in zip(field, shares, *(part.tolist() for part in found), strict=True):
         _put(lines[label], "win", *numbers)
         _put(lines[label], "win_share", *_hit_estimate(share, 100.0))
@@ -305,9 +304,9 @@ def _add_ranks(
     if not len(values) or not values.shape[-1]:
         return
     higher = direction(PRIMARY_SCORE, cell.manifest) != "lower"
-    found = stats.rank_intervals(values, higher, resamples=resamples, seed=seed)
+    found = ranking.rank_intervals(values, higher, resamples=resamples, seed=seed)
     order = np.argsort(found.rank, kind="stable")
-    letters = stats.letter_groups(_reordered(found.decided, order))
+    letters = ranking.letter_groups(_reordered(found.decided, order))
     for place, method in enumerate(order):
         lines[ranked[method]] |= {
             "rank": int(found.rank[method]),

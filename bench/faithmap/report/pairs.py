@@ -40,7 +40,7 @@ def pairs_table(lines: pd.DataFrame) -> Table:
         drawn.add_row(Text(f"{model} / {dataset}, {_images(here)}", style="italic"))
         for line in records(here):
             style = "" if line["status"] == "ok" else "dim"
-            fields = [str(line["explainer"]), *([line["against"]] if _FROM in header else []), *_fields(line)]
+            fields = [str(line["explainer"]), *_baseline(line, header), *_fields(line)]
             drawn.add_row(*(Text(field) for field in fields), style=style)
     return drawn
 
@@ -50,10 +50,7 @@ def render_pairs(lines: pd.DataFrame, left_out: Sequence[str]) -> str:
     parts = [f"# {_title(lines, code)}", _LEGEND]
     header = _header(lines)
     for (model, dataset), here in lines.groupby(["model", "dataset"], sort=False):
-        body = [
-            [_name(line), *([code(line["against"])] if _FROM in header else []), *_fields(line)]
-            for line in records(here)
-        ]
+        body = [[_name(line), *map(code, _baseline(line, header)), *_fields(line)] for line in records(here)]
         parts += [f"## {code(model)} on {code(dataset)}", f"{_images(here)}.", table(header, body)]
     parts += [f"Not compared: {plain(line)}." for line in left_out]
     return "\n\n".join(parts) + "\n"
@@ -68,6 +65,10 @@ def _title(lines: pd.DataFrame, quoted: Callable[[str], str] = str) -> str:
 def _header(lines: pd.DataFrame) -> tuple[str, ...]:
     """The columns; where baselines differ, every line names its own."""
     return (_HEADER[0], _FROM, *_HEADER[1:]) if lines["against"].nunique() > 1 else _HEADER
+
+
+def _baseline(line: Mapping[str, Any], header: Sequence[str]) -> list[str]:
+    return [str(line["against"])] if _FROM in header else []
 
 
 def _name(line: Mapping[str, Any]) -> str:
