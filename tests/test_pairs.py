@@ -203,6 +203,16 @@ class TestWithin:
             assert "AUC-D: differences from the first line of each method" in text and "From" in text
         assert "| `layercam` | `gradcam` |" in page and "| *`centre`* | `scan` |" in page
 
+    def test_a_narrow_terminal_cuts_no_number(self) -> None:
+        console = Console(width=80, file=io.StringIO())
+        lines = pairs.within(as_lines_of(LINES, cells_of(slow_rows.run())))
+        lines["explainer"] += " (with a long label)"
+        console.print(pairs_table(lines))
+        shown = console.file.getvalue()
+        assert "\N{HORIZONTAL ELLIPSIS}" not in shown and "Verdict" in shown
+        for line in lines.to_dict("records"):
+            assert f"{line['difference']:.1f} [{line['difference_low']:.1f}, " in shown
+
     def test_lines_of_one_method_alone_read_like_those_against_a_label(self) -> None:
         cells = as_lines_of({"layercam": "gradcam"}, cells_of(slow_rows.run()))
         page = render_pairs(pairs.within(cells), [])

@@ -180,6 +180,12 @@ class TestFigures:
         looks = figures._looks(lines)
         assert len({(look["color"], str(look["linestyle"])) for look in looks.values()}) == len(lines)
 
+    def test_a_score_that_rounds_to_nothing_has_no_sign(self) -> None:
+        from faithmap.report import figures
+
+        line = {"explainer": "random", "rank": None, "auc_d": -0.026}
+        assert figures._legend_text(line) == "random  0.0"
+
     def test_style_of_the_user_is_ignored(self, board: pd.DataFrame) -> None:
         import matplotlib as mpl
 

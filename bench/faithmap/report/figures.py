@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 
 from faithmap._curves import CURVE_SCORES, Curves
-from faithmap.report._format import by_rank, file_stem, known, records
+from faithmap.report._format import by_rank, file_stem, known, number, records
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -146,7 +146,7 @@ def _draw_curves(lines: Sequence[Line], curves: Curves, where: str, figure: Figu
 
 def _legend_text(line: Line) -> str:
     place = f"{line['rank']}. " if known(line["rank"]) else ""
-    score = f"  {line['auc_d']:.1f}" if known(line["auc_d"]) else ""
+    score = f"  {number('auc_d', line['auc_d'])}" if known(line["auc_d"]) else ""
     return f"{place}{line['explainer']}{score}"
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import pandas as pd
 
@@ -33,8 +33,10 @@ def pairs_table(lines: pd.DataFrame) -> Table:
     drawn = Table(title=Text(_title(lines)), header_style="bold", pad_edge=False)
     header = _header(lines)
     for column in header:
-        named = column in (header[0], _FROM, header[-1])
-        drawn.add_column(column, justify="left" if named else "right", no_wrap=True)
+        # Where the terminal is narrow, labels are folded, and no number is cut.
+        label = column in (header[0], _FROM)
+        justify: Literal["left", "right"] = "left" if label or column == header[-1] else "right"
+        drawn.add_column(column, justify=justify, no_wrap=not label, overflow="fold")
     for (model, dataset), here in lines.groupby(["model", "dataset"], sort=False):
         drawn.add_section()
         drawn.add_row(Text(f"{model} / {dataset}, {_images(here)}", style="italic"))
