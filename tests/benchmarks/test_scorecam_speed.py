@@ -1,5 +1,8 @@
 """ScoreCAM++ is as fast as the fastest Score-CAM elsewhere: the same layer, images and batch size.
 
+All of them in one process that keeps freed memory, as `faithmap run` does. Where glibc hands it back, pages
+are mapped anew all the time in some of the contestants and hardly in others, by which block lies on top.
+
 torchcam belongs to the extra `races`. To have it among the peers:
 `tox -e races -- -m benchmark tests/benchmarks/test_scorecam_speed.py`.
 """
@@ -20,6 +23,7 @@ from pytest_benchmark.fixture import BenchmarkFixture
 from torch import Tensor
 
 import faithmap
+from faithmap._memory import keep_freed_memory
 from faithmap.batch import Batch
 from faithmap.context import Context
 from faithmap.models import Model
@@ -89,6 +93,7 @@ def test_no_peer_is_faster(name: str, benchmark: BenchmarkFixture) -> None:
     Every contestant passes the same layer's channels through the same model, as many at a time.
     Forwards are counted beside the times: channels that are dead cost us nothing.
     """
+    keep_freed_memory()  # for good: the process belongs to the timings
     params, count = CASES[name]
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = faithmap.load_model(name, **params).to(device)
