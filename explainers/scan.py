@@ -144,7 +144,7 @@ class Scan:
         return {"epochs"} if options["steps"] else set()
 
     def as_default(self, model: Model) -> set[str]:
-        """Which of `layer` and `width` say what their defaults stand for on a model."""
+        """Which of `layer`, `width` and `skips` mean what their defaults stand for on a model."""
         from faithmap.decoders import default_width
         from faithmap.errors import RequestError
         from faithmap.gradient_masks import analysed_layer, layout_of
@@ -154,8 +154,11 @@ class Scan:
             layers = [model.layer(analysed_layer(model, place)) for place in (self.layer, None)]
             if layers[0] is layers[1]:
                 same.add("layer")
-            if self.width == default_width(layout_of(model, self.layer)):
+            layout = layout_of(model, self.layer)
+            if self.width == default_width(layout):
                 same.add("width")
+            if layout.tokens:  # whose decoder is the same with and without
+                same.add("skips")
         except RequestError:  # no such layer, or none with features: told where the decoder is made
             pass
         return same

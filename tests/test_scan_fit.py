@@ -244,6 +244,9 @@ def test_a_decoder_serves_whoever_spells_out_the_defaults(name: str, own: str, o
         assert fitting.find(scan, scan.check(same), model) == shipped, same
     for different in ({"width": 0.5}, {"layer": other}, {"width": 0.25, "layer": other}):
         assert fitting.find(scan, scan.check(different), model) is None, different
+    # A transformer's decoder has no skips to leave out.
+    bare = fitting.find(scan, scan.check({"skips": False}), model)
+    assert bare == (shipped if name == "shapes/vit" else None)
     # Where there is no such layer, the key says so little as before: the message comes with the decoder.
     assert scan.make({"layer": "nowhere", "width": 0.25}).as_default(model) == set()
 
