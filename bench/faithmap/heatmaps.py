@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 SUFFIXES = (".png", ".pdf", ".svg")
+#: Characters in a line of the title of a small panel.
+TITLE_WIDTH = 18
 
 
 def check_target(out: Path) -> None:
@@ -87,18 +90,20 @@ def draw_grid(rows: Sequence[tuple[str, Tensor, Sequence[Tensor | None]]], title
     from matplotlib.figure import Figure
 
     width, height = len(titles) + 1, len(rows)
-    inches = 1.25 * height + 0.5
+    headings = [textwrap.fill(name, TITLE_WIDTH) for name in titles]
+    top = 0.2 + 0.125 * max([2, *(heading.count("\n") + 1 for heading in headings)])
+    inches = 1.25 * height + top + 0.05
     figure = Figure(figsize=(1.25 * width, inches), dpi=90)
     axes = figure.subplots(height, width, squeeze=False)
     figure.subplots_adjust(
-        left=0.005, right=0.995, bottom=0.005, top=1 - 0.45 / inches, wspace=0.04, hspace=0.14
+        left=0.005, right=0.995, bottom=0.005, top=1 - top / inches, wspace=0.04, hspace=0.14
     )
     for line, (caption, image, maps) in zip(axes, rows, strict=True):
         for axis, heat in zip(line, [None, *maps], strict=True):
             lay(axis, image, heat)
         line[0].set_title(caption, fontsize=6, pad=2)
-    for axis, name in zip(axes[0][1:], titles, strict=True):
-        axis.set_title(name.replace("-", "-\n", 1), fontsize=7, pad=3)
+    for axis, heading in zip(axes[0][1:], headings, strict=True):
+        axis.set_title(heading, fontsize=7, pad=3)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", metadata={"Software": None})
     return buffer.getvalue()

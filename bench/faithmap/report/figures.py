@@ -199,9 +199,8 @@ def _draw_cost(lines: Sequence[Line], where: str, figure: Figure) -> None:
         )
     _draw_front(panel, lines)
     panel.axhline(0, color="#BBBBBB", linewidth=1, zorder=1)
-    panel.set(
-        xlabel="Time of one explanation (ms, median, logarithmic)", ylabel="AUC-D (%, with 95% interval)"
-    )
+    panel.set_xlabel("Time of one explanation (ms, median, logarithmic)", loc="left")
+    panel.set_ylabel("AUC-D (%, with 95% interval)")
     panel.set_title(f"Faithfulness against cost: {where}", pad=14)
     _pad_limits(panel, lines)
     figure.tight_layout()
@@ -236,5 +235,5 @@ def _draw_front(panel: Axes, lines: Sequence[Line]) -> None:
         panel.step(x, y, where="post", color="#AAAAAA", linewidth=1, linestyle=(0, (2, 2)), zorder=1,
                    label="no ranked method is both faster and better")  # fmt: skip
         panel.legend(
-            loc="lower right", bbox_to_anchor=(1.0, 1.0), frameon=False, fontsize=8, borderaxespad=0.3
+            loc="upper right", bbox_to_anchor=(1.0, -0.085), frameon=False, fontsize=8, borderaxespad=0
         )
