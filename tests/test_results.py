@@ -137,6 +137,23 @@ def test_infocams_defaults_stay_by_the_same_rule() -> None:
     assert not {label for label in others if label.startswith("infocam (")}
 
 
+def test_scans_defaults_stay_by_the_same_rule() -> None:
+    """Whatever the ResNet would say, which was not measured: no choice is better on either of the others."""
+    held = RESULTS / "scan-open-points"
+    _, manifest = read_run(held)
+    assert manifest["settings"]["part"] == "dev"
+    entries, defaults = manifest["explainers"], registry.get("explainer", "scan").parameters
+    assert {key: entries["scan"]["params"][key] for key in defaults} == defaults
+    seen = {
+        label: found for label, found in verdicts(held / "within.md").items() if label.startswith("scan (")
+    }
+    alone = {label for label, found in seen.items() if sum(found.values()) == 2}
+    assert len(seen) == 9 and seen.keys() - alone == {
+        "scan (C / alpha)", "scan (probability, predicted)", "scan (as in TensorFlow)"
+    }  # fmt: skip
+    assert not {label for label, found in seen.items() if found["better"] and not found["worse"]}
+
+
 def test_a_board_of_published_methods_stands_beside_the_papers() -> None:
     assert "imagenet-val-sample" in COMPARED
 
