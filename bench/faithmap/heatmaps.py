@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 SUFFIXES = (".png", ".pdf", ".svg")
-#: Characters in a line of the title of a small panel.
-TITLE_WIDTH = 18
+#: Characters in a line of a panel's title: of a small one on a board, and of one that `draw` makes.
+SMALL_TITLE, TITLE = 18, 28
 
 
 def check_target(out: Path) -> None:
@@ -90,7 +90,7 @@ def draw_grid(rows: Sequence[tuple[str, Tensor, Sequence[Tensor | None]]], title
     from matplotlib.figure import Figure
 
     width, height = len(titles) + 1, len(rows)
-    headings = [textwrap.fill(name, TITLE_WIDTH) for name in titles]
+    headings = [textwrap.fill(name, SMALL_TITLE) for name in titles]
     top = 0.2 + 0.125 * max([2, *(heading.count("\n") + 1 for heading in headings)])
     inches = 1.25 * height + top + 0.05
     figure = Figure(figsize=(1.25 * width, inches), dpi=90)
@@ -139,5 +139,5 @@ def draw(
             lay(axis, drawn, None)
         else:
             lay(axis, image, drawn)
-        axis.set_title(name, fontsize=9)
+        axis.set_title(textwrap.fill(name, TITLE), fontsize=9)
     figure.savefig(out, metadata={"Software": None} if out.suffix == ".png" else None)

@@ -46,42 +46,38 @@ def place_labels(
         if not _place(panel, renderer, texts[index], points[index], colours[index], taken, scale)
     ]  # fmt: skip
     if crowded:
-        _set_aside(panel, renderer, *zip(*((texts[i], points[i], colours[i]) for i in crowded), strict=True))
+        _set_aside(panel, renderer, [(texts[i], points[i], colours[i]) for i in crowded], scale)
 
 
 def _set_aside(
     panel: Axes,
     renderer: RendererAgg,
-    texts: Sequence[str],
-    points: Sequence[tuple[float, float]],
-    colours: Sequence[str],
+    labels: Sequence[tuple[str, tuple[float, float], str]],
+    scale: float,
 ) -> None:
     """Labels, from the top, in a column at the right of the panel, each with a line to its point."""
     figure, frame = panel.figure, panel.get_window_extent(renderer)
     assert isinstance(figure, Figure)
-    points_a_pixel = 72.0 / figure.dpi
-    bottom, height = frame.y0 * points_a_pixel, frame.height * points_a_pixel
-    wanted = [float(panel.transData.transform(point)[1]) * points_a_pixel - bottom for point in points]
-    step = min(_STEP, height / len(texts))
+    wanted = [float(panel.transData.transform(point)[1]) - frame.y0 for _, point, _ in labels]
+    step = min(_STEP * scale, frame.height / len(labels))
     # As near to the points' mean as the panel's height lets the whole column be.
-    reach = step * (len(texts) - 1) / 2
-    middle = min(max(sum(wanted) / len(wanted), reach), max(height - reach, reach))
+    reach = step * (len(labels) - 1) / 2
+    middle = min(max(sum(wanted) / len(wanted), reach), max(frame.height - reach, reach))
     widest = 0.0
-    for place, (text, point, colour) in enumerate(zip(texts, points, colours, strict=True)):
+    for place, (text, point, colour) in enumerate(labels):
         label = panel.annotate(
-            text, point, xytext=(1.02, (middle + reach - place * step) / height),
+            text, point, xytext=(1.02, (middle + reach - place * step) / frame.height),
             textcoords="axes fraction", fontsize=8.5, color=colour, va="center", ha="left",
             annotation_clip=False,
             arrowprops={"arrowstyle": "-", "color": "#AAAAAA", "linewidth": 0.6, "relpos": (0, 0.5),
                         "shrinkA": 1, "shrinkB": 3},
         )  # fmt: skip
         widest = max(widest, _extent(label, renderer).width / figure.dpi)
-    place_now, before = panel.get_position(), figure.get_figwidth()
-    after = before + widest + 0.2
-    figure.set_figwidth(after)
-    panel.set_position(
-        (place_now.x0 * before / after, place_now.y0, place_now.width * before / after, place_now.height)
-    )
+    # The figure grows and the panel keeps its size.
+    held, before = panel.get_position(), figure.get_figwidth()
+    figure.set_figwidth(before + widest + 0.2)
+    share = before / figure.get_figwidth()
+    panel.set_position((held.x0 * share, held.y0, held.width * share, held.height))
 
 
 def _obstacle(panel: Axes, x: float, bar: tuple[float, float], scale: float) -> Bbox:
@@ -108,10 +104,10 @@ def _place(
         outside = not (
             frame.x0 <= box.x0 and box.x1 <= frame.x1 and frame.y0 <= box.y0 and box.y1 <= frame.y1
         )
-        hidden = sum(_overlap(box, other) for other in taken) / (scale * scale)
-        badness = cost + 10.0 * hidden + 1e6 * outside
+        hidden = sum(_overlap(box, other) for other in taken) / (scale * scale) + 1e5 * outside
+        badness = cost + 10.0 * hidden
         if best is None or badness < best[0]:
-            best = (badness, hidden + 1e6 * outside, x, y, side, rise)
+            best = (badness, hidden, x, y, side, rise)
     assert best is not None
     _, hidden, x, y, side, rise = best
     if hidden > _MOST_HIDDEN:
