@@ -92,6 +92,26 @@ def test_a_name_used_twice_is_labelled_by_its_parameters() -> None:
     assert [spec.title for spec in config.explainers] == ["occlusion[window=0.1]", "occlusion[window=0.2]"]
 
 
+def test_a_label_means_the_line_of_the_request() -> None:
+    source = {
+        "explainers": [
+            {"name": "scan", "alpha": 2.0},
+            {"name": "scan", "label": "scan (no blur, alpha 1)", "blur": 0.0, "alpha": 1.0},
+            {"name": "gradcam", "label": "saliency"},
+        ],
+        "metrics": [{"name": "drop", "label": "half", "mute": "half"}],
+    }
+    config = load_config(source).with_lists(
+        explainers=split_list("scan (no blur, alpha 1), scan, saliency"), metrics=["half"]
+    )
+    assert config.explainers == (
+        Spec("scan", {"blur": 0.0, "alpha": 1.0}, "scan (no blur, alpha 1)"),
+        Spec("scan"),  # a name that is no label: as it is written, with its defaults
+        Spec("gradcam", {}, "saliency"),
+    )
+    assert config.metrics == (Spec("drop", {"mute": "half"}, "half"),)
+
+
 @pytest.mark.parametrize(
     ("text", "params"),
     [

@@ -115,8 +115,12 @@ def run(
         str | None, typer.Option(help=f"Models, by name as in the request, or file.py:function. {Comma}")
     ] = None,
     datasets: Annotated[str | None, typer.Option(help=f"Datasets. {Comma}")] = None,
-    explainers: Annotated[str | None, typer.Option(help=f"Explainers. {Comma}")] = None,
-    metrics: Annotated[str | None, typer.Option(help=f"Metrics. {Comma}")] = None,
+    explainers: Annotated[
+        str | None, typer.Option(help=f"Explainers, or lines of the request by their labels. {Comma}")
+    ] = None,
+    metrics: Annotated[
+        str | None, typer.Option(help=f"Metrics, or lines of the request by their labels. {Comma}")
+    ] = None,
     limit: Annotated[
         int | None, typer.Option(help="Images of each dataset, balanced over the classes.")
     ] = None,

@@ -134,8 +134,9 @@ class Config(BaseModel):
     def with_lists(self, **lists: Iterable[str | Spec] | None) -> Config:
         """The same request with other lists of models, datasets, explainers or metrics; None leaves one.
 
-        A model or dataset that the request itself names keeps what the request says of it (weights,
-        folders); explainers and metrics are taken as they are written.
+        What the request itself has is meant with all that it says there: a model or dataset by its name
+        (weights, folders), an explainer or metric by the label that sets its line apart. The names of
+        explainers and metrics are taken as they are written.
         """
         given = {
             key: unique(tuple(self._own(key, item) or parse_spec(item) for item in items), key)
@@ -149,11 +150,10 @@ class Config(BaseModel):
         return self if self.variants is not None else self._replace(variants=VariantSettings())
 
     def _own(self, key: str, item: str | Spec) -> Spec | None:
-        """The request's own model or dataset of a name; None where it has none."""
-        if key not in ("models", "datasets"):
-            return None
+        """The request's own model or dataset of a name, or its line of a label; None where it has none."""
         known: tuple[Spec, ...] = getattr(self, key)
-        return next((spec for spec in known if spec.title == item), None)
+        plain = key in ("models", "datasets")
+        return next((spec for spec in known if item == (spec.title if plain else spec.label)), None)
 
     def _replace(self, **changes: Any) -> Config:
         return self.model_copy(update=changes)
@@ -369,10 +369,12 @@ def _place(text: str, base: Path | None) -> str:
 
 
 def split_list(text: str) -> list[str]:
-    """Split a comma list, leaving commas within brackets, braces and quotes alone.
+    """Split a comma list, leaving commas within brackets, braces, parentheses and quotes alone.
 
     >>> split_list("rise[masks=10,cells=7], gradcam")
     ['rise[masks=10,cells=7]', 'gradcam']
+    >>> split_list("scan (probability, predicted),gradcam")
+    ['scan (probability, predicted)', 'gradcam']
     >>> split_list('net[mean=[0.4,0.5,0.6],kwargs={a="x,y",b=1}]')
     ['net[mean=[0.4,0.5,0.6],kwargs={a="x,y",b=1}]']
     """
@@ -383,7 +385,7 @@ def split_list(text: str) -> list[str]:
         elif sign in "\"'" and before in ("=", "[", ","):  # where a string begins; else a part of a name
             quote = sign
         else:
-            depth += (sign in "[{") - (sign in "]}")
+            depth += (sign in "[{(") - (sign in "]})")
         if sign == "," and depth <= 0 and not quote:
             parts.append("")
         else:
