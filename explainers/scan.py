@@ -332,9 +332,9 @@ class Scan:
 def _within(name: str, value: float, low: float, high: float, *, open_low: bool = False) -> None:
     from faithmap.errors import RequestError
 
-    if not low <= value <= high or (open_low and value == low):
+    if not (low <= value <= high and math.isfinite(value)) or (open_low and value == low):
         least = f"above {low:g}" if open_low else f"{low:g} or more"
-        most = "" if high == math.inf else f", up to {high:g}"
+        most = " and finite" if high == math.inf else f", up to {high:g}"
         raise RequestError(f"scan, {name}: got {value:g}, expected {least}{most}")
 
 

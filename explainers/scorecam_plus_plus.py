@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -91,7 +92,7 @@ def scorecam_plus_plus(
             the ReLU does.
 
     Raises:
-        RequestError: a choice is unknown, or the threshold is negative.
+        RequestError: a choice is unknown, or the threshold is negative or not finite.
     """
     _check(activation, summed, baseline, threshold)
     features = batch.activations(layer).float()
@@ -148,7 +149,7 @@ def _check(activation: str, summed: str, baseline: str, threshold: float) -> Non
     for what, (given, known) in choices.items():
         if given not in known:
             raise RequestError(f"scorecam++: unknown {what} '{given}'; {nearest(given, known)}")
-    if threshold < 0:
+    if not 0 <= threshold < math.inf:
         raise RequestError(
             f"scorecam++: threshold is {threshold}; expected 0 (off) or a positive mask value. "
             "To set negative values to zero, use clamp"

@@ -112,6 +112,14 @@ def test_a_label_means_the_line_of_the_request() -> None:
     assert config.metrics == (Spec("drop", {"mute": "half"}, "half"),)
 
 
+def test_a_label_that_no_line_has_is_told_by_the_labels_there_are() -> None:
+    config = load_config({"explainers": [{"name": "scan", "label": "scan (no blur)", "blur": 0.0}, "rise"]})
+    with pytest.raises(RequestError, match=r"no line .* 'scan \(no blu\)'; did you mean 'scan \(no blur\)'"):
+        config.with_lists(explainers=["scan (no blu)"])
+    file = "my method.py:explain"  # names of files may have spaces
+    assert config.with_lists(explainers=[file]).explainers == (Spec(file),)
+
+
 @pytest.mark.parametrize(
     ("text", "params"),
     [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from typing import Any
 
 import numpy as np
@@ -113,6 +114,9 @@ class TestMaps:
             ({"flexibility": -0.1}, "flexibility: got -0.1"),
             ({"blur": -1.0}, "blur: got -1"),
             ({"stretch": -1.0}, "stretch: got -1"),
+            ({"stretch": math.inf}, "stretch: got inf, expected 0 or more and finite"),
+            ({"alpha": math.inf}, "alpha: got inf, expected above 0 and finite"),
+            ({"blur": math.nan}, "parameter .blur.: got nan, which is no number"),
             ({"weighting": "confident"}, "weighting: got 'confident'"),
             ({"mask": "gradients"}, "did you mean 'gradient'"),
             ({"output": "errors"}, "output: got 'errors'; did you mean 'error'"),

@@ -310,6 +310,8 @@ class TestManners:
             ({"score": "probabilty"}, "did you mean 'probability'"),
             ({"space": "normalized"}, "did you mean 'normalised'"),
             ({"threshold": -0.5}, "threshold is -0.5; expected 0"),
+            ({"threshold": float("inf")}, "threshold is inf; expected 0"),
+            ({"threshold": float("nan")}, "parameter 'threshold': got nan, which is no number"),
         ],
     )
     def test_wrong_choices(self, params: dict[str, Any], words: str, cnn: Model) -> None:

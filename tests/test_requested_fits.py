@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
-from fits import asked, typed
+import torch
+from fits import asked, toy, typed
+from torch import Tensor
 
 import faithmap
-from faithmap import engine, fitting, training
+from faithmap import engine, fitting, progress, training
 from faithmap.config import load_config
 from faithmap.errors import RequestError
-from faithmap.models import load_model
+from faithmap.models import Model, load_model
 from faithmap.plan import make_grid
 from faithmap.registry import get
 
@@ -126,6 +130,9 @@ class Listener(engine.Silent):
         self.told.append("a fit begins")
         return training.Silent()
 
+    def fitted(self, explainer: str, model: str, counts: Sequence[str]) -> None:
+        self.told += [f"{explainer} on {model}: {count}" for count in counts]
+
     def unfitted(self, explainer: str, model: str, reason: str) -> None:
         self.told.append(f"{explainer} on {model}: {reason}")
 
@@ -177,6 +184,27 @@ def test_the_command_says_so_when_it_happens_and_ends_with_1(
     assert log.index("Lower its learning rate, or fit in fp32; the run goes on without it") < log.index(
         " units"
     )
+
+
+def test_what_a_fit_counts_is_told_when_it_is_done(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fit(self: Any, model: Model, data: Any, session: Any, *, epochs: int = 1) -> dict[str, Tensor]:
+        for step, (images, _) in enumerate(data.batches(4, 0), 1):
+            session.report(step, data.steps(4), {"loss": 1.0, "dark": len(images) - step % 2})
+        return {"colour": torch.zeros(3)}
+
+    monkeypatch.setattr(toy().target, "fit", fit)
+    monkeypatch.setattr(toy().target, "counts", {"dark": "left as they were"}, raising=False)
+    listener = Listener()
+    asked_for = request_of(explainers=[{"name": "toy-fitted"}, {"name": "gradcam"}], fits=[
+        {"name": "toy-fitted", "dataset": "shapes[split=train,n=12]"}
+    ])  # fmt: skip
+    faithmap.run(asked_for, out=tmp_path / "run", figures=False, observer=listener)
+    told = "toy-fitted on shapes/resnet: left as they were: 10 of 12 image passes"  # 3 + 4 + 3
+    assert listener.told == ["a fit begins", told]
+    progress.Lines(sys.stderr).fitted("toy-fitted", "shapes/resnet", ["left as they were: 10"])
+    assert capsys.readouterr().err == "toy-fitted on shapes/resnet: left as they were: 10\n"
 
 
 def skipped(done: faithmap.Run) -> str:

@@ -137,6 +137,9 @@ class Config(BaseModel):
         What the request itself has is meant with all that it says there: a model or dataset by its name
         (weights, folders), an explainer or metric by the label that sets its line apart. The names of
         explainers and metrics are taken as they are written.
+
+        Raises:
+            RequestError: a label is none of the request's.
         """
         given = {
             key: unique(tuple(self._own(key, item) or parse_spec(item) for item in items), key)
@@ -153,7 +156,12 @@ class Config(BaseModel):
         """The request's own model or dataset of a name, or its line of a label; None where it has none."""
         known: tuple[Spec, ...] = getattr(self, key)
         plain = key in ("models", "datasets")
-        return next((spec for spec in known if item == (spec.title if plain else spec.label)), None)
+        own = next((spec for spec in known if item == (spec.title if plain else spec.label)), None)
+        if own is None and not plain and " " in str(item).partition("[")[0] and ".py" not in str(item):
+            # No name has a space, and the registry's are no help to whoever meant a label.
+            labels = [spec.label for spec in known if spec.label]
+            raise RequestError(f"no line of the request has the label '{item}'; {nearest(str(item), labels)}")
+        return own
 
     def _replace(self, **changes: Any) -> Config:
         return self.model_copy(update=changes)

@@ -26,6 +26,9 @@ class Observer(Protocol):
     def fitting(self) -> training.Watcher:
         """An explainer is about to be fitted; what is returned is told how that goes on."""
 
+    def fitted(self, explainer: str, model: str, counts: Sequence[str]) -> None:
+        """That is done; `counts` says what was true of how many image passes, such as fallbacks."""
+
     def unfitted(self, explainer: str, model: str, reason: str) -> None:
         """That failed, and the run goes on without it."""
 
@@ -51,6 +54,9 @@ class Silent:
     def fitting(self) -> training.Watcher:
         """Nobody is told."""
         return training.Silent()
+
+    def fitted(self, explainer: str, model: str, counts: Sequence[str]) -> None:
+        """Say nothing."""
 
     def unfitted(self, explainer: str, model: str, reason: str) -> None:
         """Say nothing."""

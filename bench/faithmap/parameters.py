@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 import types
 import typing
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -96,6 +97,10 @@ def _named_types(annotation: Any) -> tuple[Any, ...]:
     return (origin or annotation,)
 
 
+def _is_nan(value: Any) -> bool:
+    return isinstance(value, float) and math.isnan(value)
+
+
 def check_type(where: str, value: Any, default: Any, annotated: Iterable[type] = ()) -> None:
     """Refuse a value that the default's type excludes, or, where that is None, the annotation's.
 
@@ -106,12 +111,14 @@ def check_type(where: str, value: Any, default: Any, annotated: Iterable[type] =
         annotated: the types that the annotation names, from `annotated_types`; none admit anything.
 
     Raises:
-        RequestError: the value is of another type.
+        RequestError: the value is of another type, or no number (NaN) where that is not the default.
     """
     silent = default is None or default is inspect.Parameter.empty
     kinds = tuple(annotated) if silent else (type(default),)
     if value is None or not kinds or any(kind not in KINDS for kind in kinds):
         return
+    if _is_nan(value) and not _is_nan(default):
+        raise RequestError(f"{where}: got nan, which is no number; give one, or leave the parameter out")
     allowed = tuple(kind for named in kinds for kind in KINDS[named])
     if isinstance(value, allowed) and (not isinstance(value, bool) or bool in kinds):
         return

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TextIO
 
 from rich.console import Console
@@ -40,6 +40,12 @@ class Bar:
     def fitting(self) -> FitBar:
         """A bar for the fit that follows."""
         return FitBar(self._progress.console)
+
+    def fitted(self, explainer: str, model: str, counts: Sequence[str]) -> None:
+        """That is done; what it counted is told, a line each."""
+        for count in counts:
+            text = f"{explainer} on {model}: {count}"
+            self._progress.console.print(text, markup=False, highlight=False, soft_wrap=True)
 
     def unfitted(self, explainer: str, model: str, reason: str) -> None:
         """That failed, and the run goes on without it."""
@@ -91,6 +97,11 @@ class Lines:
     def fitting(self) -> FitLines:
         """Lines for the fit that follows."""
         return FitLines(self._stream)
+
+    def fitted(self, explainer: str, model: str, counts: Sequence[str]) -> None:
+        """That is done; what it counted is told, a line each."""
+        for count in counts:
+            self._say(f"{explainer} on {model}: {count}")
 
     def unfitted(self, explainer: str, model: str, reason: str) -> None:
         """That failed, and the run goes on without it."""

@@ -19,7 +19,9 @@ from faithmap.data import check_labels, check_target, shards
 from faithmap.engine import Observer, Silent, check_engine, run_local
 from faithmap.errors import RequestError
 from faithmap.explaining import full_float32
+from faithmap.fitting import counts
 from faithmap.folders import IMAGES, read_run
+from faithmap.learning_record import told_counts
 from faithmap.map_library import MapLibrary
 from faithmap.models import Model
 from faithmap.perturb import chunk_size
@@ -147,6 +149,7 @@ def fit_wanted(grid: Grid, observer: Observer) -> tuple[Grid, tuple[str, ...]]:
             else:
                 fits[name] = found
                 del unfitted[name]
+                observer.fitted(use.label, name, told_counts(found.record, counts(asked.plugin)))
         explainers.append(replace(use, fits=fits, unfitted=unfitted, wanted={}))
     return replace(grid, explainers=tuple(explainers)), tuple(told)
 
