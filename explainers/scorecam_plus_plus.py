@@ -68,7 +68,8 @@ def scorecam_plus_plus(
     Where tanh saturates, above 2, beside the object as well, the map is bright all over, which scores
     of masked images reward: read them beside the area. Where features are signed (transformers) so is
     tanh, and masks below zero invert the image's contrast. The paper, made for CNNs, does not treat
-    them; `clamp` is a reconstruction.
+    them; `clamp` is a reconstruction. On the embedded ConvNeXt, whose features are signed, it is the
+    difference between a map far below the null and a good one (results/README.md, baseline-open-points).
 
     Deviations from the code: it runs a backward pass whose gradient it does not use, and one of its
     files applies the ReLU to every term. A channel whose mask is the same everywhere only dims the
