@@ -97,10 +97,6 @@ def _named_types(annotation: Any) -> tuple[Any, ...]:
     return (origin or annotation,)
 
 
-def _is_nan(value: Any) -> bool:
-    return isinstance(value, float) and math.isnan(value)
-
-
 def check_type(where: str, value: Any, default: Any, annotated: Iterable[type] = ()) -> None:
     """Refuse a value that the default's type excludes, or, where that is None, the annotation's.
 
@@ -111,14 +107,12 @@ def check_type(where: str, value: Any, default: Any, annotated: Iterable[type] =
         annotated: the types that the annotation names, from `annotated_types`; none admit anything.
 
     Raises:
-        RequestError: the value is of another type, or no number (NaN) where that is not the default.
+        RequestError: the value is of another type.
     """
     silent = default is None or default is inspect.Parameter.empty
     kinds = tuple(annotated) if silent else (type(default),)
     if value is None or not kinds or any(kind not in KINDS for kind in kinds):
         return
-    if _is_nan(value) and not _is_nan(default):
-        raise RequestError(f"{where}: got nan, which is no number; give one, or leave the parameter out")
     allowed = tuple(kind for named in kinds for kind in KINDS[named])
     if isinstance(value, allowed) and (not isinstance(value, bool) or bool in kinds):
         return
@@ -127,3 +121,17 @@ def check_type(where: str, value: Any, default: Any, annotated: Iterable[type] =
     text = str in kinds and isinstance(value, bool | int | float)
     quotes = f'; in quotes, "{value}", it is one' if text else ""
     raise RequestError(f"{where}: got {value!r}, expected {expected}{example}{quotes}")
+
+
+def refuse_nan(where: str, value: Any, default: Any) -> None:
+    """Refuse NaN where it is not the default: every comparison with it is false, so that no check holds it.
+
+    Raises:
+        RequestError: the value is NaN.
+    """
+    if _is_nan(value) and not _is_nan(default):
+        raise RequestError(f"{where}: got nan, which is no number; give one, or leave the parameter out")
+
+
+def _is_nan(value: Any) -> bool:
+    return isinstance(value, float) and math.isnan(value)

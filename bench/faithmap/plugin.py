@@ -10,7 +10,14 @@ from pathlib import Path
 from typing import Any, cast
 
 from faithmap.errors import RequestError, nearest
-from faithmap.parameters import annotated_types, check_type, checked_grid, keyword_only, with_defaults
+from faithmap.parameters import (
+    annotated_types,
+    check_type,
+    checked_grid,
+    keyword_only,
+    refuse_nan,
+    with_defaults,
+)
 from faithmap.records import Facts
 
 BUILT_IN = "built in"
@@ -88,7 +95,7 @@ class Plugin:
 
         Raises:
             RequestError: a name is unknown, a value has another type than the default (or, where that is
-                None, than the annotation), or a parameter without a default was left out.
+                None, than the annotation) or is NaN, or a parameter without a default was left out.
         """
         known = self.parameters
         kind = self.facts.kind
@@ -106,6 +113,7 @@ class Plugin:
                 )
             where = f"{kind} '{self.name}', parameter '{key}'"
             check_type(where, value, known[key], annotated.get(key, ()))
+            refuse_nan(where, value, known[key])
         resolved = with_defaults(known, given)
         missing = [key for key, value in resolved.items() if value is inspect.Parameter.empty]
         if missing:
