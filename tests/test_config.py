@@ -118,6 +118,8 @@ def test_a_label_that_no_line_has_is_told_by_the_labels_there_are() -> None:
         config.with_lists(explainers=["scan (no blu)"])
     file = "my method.py:explain"  # names of files may have spaces
     assert config.with_lists(explainers=[file]).explainers == (Spec(file),)
+    made = Spec("scan", {"alpha": 2.0}, "a label of its own")  # which is no name, and is taken as it is
+    assert config.with_lists(explainers=[made]).explainers == (made,)
 
 
 @pytest.mark.parametrize(

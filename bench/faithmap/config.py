@@ -157,11 +157,13 @@ class Config(BaseModel):
         known: tuple[Spec, ...] = getattr(self, key)
         plain = key in ("models", "datasets")
         own = next((spec for spec in known if item == (spec.title if plain else spec.label)), None)
-        if own is None and not plain and " " in str(item).partition("[")[0] and ".py" not in str(item):
+        if own is not None or plain or isinstance(item, Spec):
+            return own
+        if " " in item.partition("[")[0] and ".py" not in item:
             # No name has a space, and the registry's are no help to whoever meant a label.
             labels = [spec.label for spec in known if spec.label]
-            raise RequestError(f"no line of the request has the label '{item}'; {nearest(str(item), labels)}")
-        return own
+            raise RequestError(f"no line of the request has the label '{item}'; {nearest(item, labels)}")
+        return None
 
     def _replace(self, **changes: Any) -> Config:
         return self.model_copy(update=changes)

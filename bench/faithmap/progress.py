@@ -44,18 +44,15 @@ class Bar:
     def fitted(self, explainer: str, model: str, counts: Sequence[str]) -> None:
         """That is done; what it counted is told, a line each."""
         for count in counts:
-            text = f"{explainer} on {model}: {count}"
-            self._progress.console.print(text, markup=False, highlight=False, soft_wrap=True)
+            self._say(told_of_fit(explainer, model, count))
 
     def unfitted(self, explainer: str, model: str, reason: str) -> None:
         """That failed, and the run goes on without it."""
-        text = told_unfitted(explainer, model, reason)
-        self._progress.console.print(text, markup=False, highlight=False, soft_wrap=True)
+        self._say(told_unfitted(explainer, model, reason))
 
     def checked(self, plugin: str, failed: int, seconds: float) -> None:
         """A plugin that is not built in has been checked."""
-        text = told_check(plugin, failed, seconds)
-        self._progress.console.print(text, markup=False, highlight=False, soft_wrap=True)
+        self._say(told_check(plugin, failed, seconds))
 
     def begin(self, units: int, done: int) -> None:
         """Show the bar, begun where an earlier run stopped."""
@@ -82,6 +79,9 @@ class Bar:
         """Take the bar away."""
         self._progress.stop()
 
+    def _say(self, text: str) -> None:
+        self._progress.console.print(text, markup=False, highlight=False, soft_wrap=True)
+
 
 class Lines:
     """Plain lines, at most one every few seconds, for logs and pipes."""
@@ -101,7 +101,7 @@ class Lines:
     def fitted(self, explainer: str, model: str, counts: Sequence[str]) -> None:
         """That is done; what it counted is told, a line each."""
         for count in counts:
-            self._say(f"{explainer} on {model}: {count}")
+            self._say(told_of_fit(explainer, model, count))
 
     def unfitted(self, explainer: str, model: str, reason: str) -> None:
         """That failed, and the run goes on without it."""
@@ -222,7 +222,12 @@ def told_check(plugin: str, failed: int, seconds: float) -> str:
 
 def told_unfitted(explainer: str, model: str, reason: str) -> str:
     """A fit that failed, in a line."""
-    return f"{explainer} on {model}: {reason}; the run goes on without it"
+    return f"{told_of_fit(explainer, model, reason)}; the run goes on without it"
+
+
+def told_of_fit(explainer: str, model: str, what: str) -> str:
+    """What is to say of a fit, in a line."""
+    return f"{explainer} on {model}: {what}"
 
 
 def told_rate(images: int, seconds: float) -> str:
